@@ -1,0 +1,1500 @@
+#!/usr/bin/env python
+# Copyright 2026 The SRPO for Wan authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+r"""
+Fine-tune the low-noise expert (`transformer_2`) of Wan2.2-T2V-A14B for text-to-image with SRPO, Semantic Relative
+Preference Optimization (https://arxiv.org/abs/2509.06942). Captions come from `embed_prompts.py`.
+
+    accelerate launch --config_file accelerate_configs/a100x8.yaml train_srpo_wan_t2i.py \
+        --pretrained_model_name_or_path Wan-AI/Wan2.2-T2V-A14B-Diffusers --dataset_name prompt_embeds \
+        --reward_model HPS --reward_model_path HPS_v2.1_compressed.pt --output_dir outputs/srpo
+
+One update, in the order of this file: roll out an image without gradient (`rollout`), put known noise back in and take
+one graded step (`direct_align_step`), decode it (`decode_latents`), score it with a preference model relative to a
+positive and a negative control word (`srp_score`), and back-propagate (`srpo_loss`).
+
+Where this differs from the published code (https://github.com/Tencent-Hunyuan/SRPO), on purpose:
+- the denoise and the inversion branch are one batch: one forward and one backward pass instead of two;
+- `--gradient_accumulation_steps` counts rollouts, whatever branches each has; the published loop counts branches;
+- Wan has no embedded guidance: rollouts use classifier-free guidance, the graded step uses none;
+- timesteps are not truncated to integers;
+- every random draw is a function of the seed, the step and the sample, so a resumed run repeats the run that it
+  continues, and a step is the same however its samples are spread over processes;
+- images that are not square are padded, not cropped, before HPS sees them, as HPSv2 itself does.
+"""
+
+import argparse
+import hashlib
+import json
+import logging
+import os
+import re
+import resource
+import shutil
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import matplotlib
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+import torchvision.transforms.v2.functional as TF
+import transformers
+from accelerate import Accelerator, DistributedType
+from accelerate.logging import get_logger
+from accelerate.utils import (
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+    set_seed,
+)
+from huggingface_hub import (
+    ModelCard,
+    ModelCardData,
+    create_repo,
+    get_token,
+    hf_hub_download,
+    save_torch_state_dict,
+    upload_folder,
+)
+from PIL import Image
+from safetensors import safe_open
+from torch.utils.checkpoint import checkpoint
+from tqdm.auto import tqdm
+from transformers import AutoConfig, CLIPModel, CLIPProcessor
+from transformers.utils import cached_file
+
+import diffusers
+from diffusers import (
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, check_min_version
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+# Will error if the minimal version of diffusers is not installed. Remove at your own risks.
+check_min_version("0.40.0")
+
+logger = get_logger(__name__)
+LOG_FORMAT = "%(asctime)s - %(levelname)s - %(name)s - %(message)s"
+
+# The control words of the published run, fastvideo/SRPO.py of the SRPO repository.
+POSITIVE_WORDS = ("Natural-lighting", "Detail", "Detailed", "Real")
+NEGATIVE_WORDS = ("Concept art", "Painting", "Anime", "Flat", "Oil")
+
+# Positions this close to either end of the training grid are not drawn (fastvideo/SRPO.py).
+POSITION_MARGIN = 5
+
+# Where a reward model comes from when `--reward_model_path` is not given.
+HPS_REPOSITORY, HPS_FILE, HPS_ARCHITECTURE = "xswu/HPSv2", "HPS_v2.1_compressed.pt", "ViT-H-14"
+PICKSCORE_REPOSITORY = "yuvalkirstain/PickScore_v1"
+PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+
+# Independent streams of random numbers.
+SHUFFLE, NOISE, POSITION, VALIDATION = range(4)
+
+
+# ---- SRPO: noise levels, the graded step, the relative score. Pure functions, no model. -----------------------------
+def shift_sigmas(sigmas, shift):
+    """
+    Bends noise levels towards 1 as the flow-matching schedules of SD3, FLUX and Wan do.
+
+    Args:
+        sigmas (`float` or `torch.Tensor` of any shape): noise levels in [0, 1].
+        shift (`float`): 1.0 changes nothing; larger values spend more of the schedule at high noise.
+
+    Returns:
+        `shift * sigma / (1 + (shift - 1) * sigma)`, of the type and shape of `sigmas`. Source: Esser et al. 2024
+        (https://arxiv.org/abs/2403.03206), equation 23.
+    """
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+def make_train_sigmas(num_inference_steps, shift, train_timestep, timestep_length):
+    """
+    The noise levels that training draws from, between two steps of the sampling schedule.
+
+    Args:
+        num_inference_steps (`int`): steps of the sampling schedule.
+        shift (`float`): shift of the sampling schedule.
+        train_timestep (`tuple[int, int]`): first and last step of the window, 0 <= first < last <= steps.
+        timestep_length (`int`): number L of noise levels.
+
+    Returns:
+        `torch.Tensor` of shape (L,), float32, descending. Source: `sigmas_l` in fastvideo/SRPO.py.
+    """
+    schedule = shift_sigmas(torch.linspace(1, 0, num_inference_steps + 1), shift)
+    first, last = train_timestep
+    return torch.linspace(schedule[first], schedule[last], timestep_length)
+
+
+def branch_sigmas(train_sigmas, position, groundtruth_ratio):
+    """
+    The noise levels between which each branch takes its step. Both branches recover the image from (nearly) the same
+    level: the denoise branch comes from above, the inversion branch from below.
+
+    Args:
+        train_sigmas (`torch.Tensor` of shape (L,)): from [`make_train_sigmas`], descending.
+        position (`int`): 1 <= position < L, counted from the end of low noise.
+        groundtruth_ratio (`float`): share of the window that is injected noise; the step spans the rest.
+
+    Returns:
+        Three pairs: denoise (sigma_from, sigma_to), inversion (sigma_from, sigma_to), and the positions at which the
+        denoise and the inversion branch read their discounts. Source: fastvideo/SRPO.py.
+
+    Raises:
+        `ValueError`: if `position` is outside the grid.
+    """
+    length = len(train_sigmas)
+    if not 1 <= position < length:
+        raise ValueError(f"`position` must be between 1 and {length - 1}, but is {position}.")
+    span = min(int((1 - groundtruth_ratio) * length) + 1, length - position, position)
+    below = max(position - span, 1)
+    denoise = train_sigmas[length - min(position + span, length)], train_sigmas[length - position]
+    inversion = train_sigmas[length - below], train_sigmas[length - min(below + span, length)]
+    return denoise, inversion, (position, below)
+
+
+def direct_align_step(predict_velocity, x0, noise, sigma_from, sigma_to):
+    """
+    Injects known noise, takes one Euler step, and recovers the clean latents in closed form. The recovered latents
+    equal `x0` when the predicted velocity is exactly `noise - x0`, and
+
+        d x0_hat / d velocity = (sigma_to - sigma_from) / (1 - sigma_to)
+
+    which is negative when denoising and positive when inverting. Source: Direct-Align in the SRPO paper.
+
+    Args:
+        predict_velocity (`Callable`): (latents of the shape of `x0`, sigma_from as given) -> velocity, same shape.
+        x0 (`torch.Tensor` of shape (B, C, T, H, W)): clean latents; no gradient flows through them.
+        noise (`torch.Tensor` of shape (B, C, T, H, W)): standard normal noise.
+        sigma_from, sigma_to (`float` or `torch.Tensor` of shape () or (B,)): noise levels in [0, 1], sigma_to < 1.
+
+    Returns:
+        `torch.Tensor` of shape (B, C, T, H, W): the recovered latents x0_hat.
+    """
+    start, end = (
+        torch.as_tensor(sigma, dtype=x0.dtype, device=x0.device).reshape(-1, *[1] * (x0.ndim - 1))
+        for sigma in (sigma_from, sigma_to)
+    )
+    x = (start * noise + (1 - start) * x0).detach()
+    x = x + (end - start) * predict_velocity(x, sigma_from)
+    return (x - end * noise) / (1 - end)
+
+
+def srp_score(image_features, positive_features, negative_features, discount):
+    """
+    Semantic relative preference: how much closer an image is to one caption than to another.
+
+    Args:
+        image_features, positive_features, negative_features (`torch.Tensor` of shape (B, D)): unit-norm features.
+        discount (`float` or `torch.Tensor` of shape () or (B,)): extra weight of the positive caption.
+
+    Returns:
+        `torch.Tensor` of shape (B,): <f, (1 + discount) * positive - negative>, `SRP_cfg` in fastvideo/SRPO.py.
+    """
+    positive = (image_features * positive_features).sum(-1)
+    negative = (image_features * negative_features).sum(-1)
+    return (1 + discount) * positive - negative
+
+
+def srpo_loss(score, margin):
+    """
+    Hinge loss: images whose score reaches the margin are left alone.
+
+    Args:
+        score (`torch.Tensor` of shape (B,)): from [`srp_score`].
+        margin (`float`): 0.7 in the published run.
+
+    Returns:
+        `torch.Tensor` of shape (): mean of relu(margin - score).
+    """
+    return F.relu(margin - score).mean()
+
+
+class Branch(NamedTuple):
+    """One way through the graded step. `discount` weighs the caption that the branch is drawn to."""
+
+    name: str  # "denoise" or "inversion"
+    sigma_from: float
+    sigma_to: float
+    discount: float
+
+
+def draw_position(args, step):
+    """The position in the training grid of a step, the same on every process."""
+    first, last = POSITION_MARGIN, args.timestep_length - POSITION_MARGIN
+    return torch.randint(first, last + 1, (), generator=make_generator(args.seed, POSITION, step)).item()
+
+
+def make_branches(args, train_sigmas, position):
+    """The branches of `--branches` at a position of the training grid: a list of [`Branch`]."""
+    denoise, inversion, positions = branch_sigmas(train_sigmas, position, args.groundtruth_ratio)
+    discounts = [
+        torch.linspace(*ends, len(train_sigmas))[index].item()
+        for ends, index in zip((args.discount_pos, args.discount_inv), positions, strict=True)
+    ]
+    branches = [
+        Branch("denoise", denoise[0].item(), denoise[1].item(), discounts[0]),
+        Branch("inversion", inversion[0].item(), inversion[1].item(), discounts[1]),
+    ]
+    return [branch for branch in branches if args.branches in ("both", branch.name)]
+
+
+# ---- Randomness and data: which sample is which caption, and which noise it starts from. ----------------------------
+def make_generator(*key):
+    """A CPU `torch.Generator` whose state is a function of the non-negative integers of `key` alone."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+
+
+@dataclass
+class SampleSampler:
+    """
+    Batch sampler of one process. The captions of a run form one endless stream, a new shuffle of the dataset every
+    epoch, and the samples of a rollout are consecutive in it. So every process takes the same number of steps, a
+    resumed run goes on with the next caption, and a step sees the same captions on one process as on many.
+    """
+
+    dataset_size: int  # number of captions
+    seed: int  # decides the shuffles
+    rollouts: range  # numbers of the rollouts to yield, counted from the beginning of the run
+    batch_size: int  # captions of a rollout on each process
+    process_index: int = 0  # which share of each rollout to yield
+    num_processes: int = 1
+
+    def samples(self, rollout):
+        """The numbers, in the stream, of the samples of one rollout on this process: a `range`."""
+        first = (rollout * self.num_processes + self.process_index) * self.batch_size
+        return range(first, first + self.batch_size)
+
+    def __iter__(self):
+        epoch, order = None, None
+        for rollout in self.rollouts:
+            batch = []
+            for sample in self.samples(rollout):
+                if sample // self.dataset_size != epoch:
+                    epoch = sample // self.dataset_size
+                    order = torch.randperm(self.dataset_size, generator=make_generator(self.seed, SHUFFLE, epoch))
+                batch.append(order[sample % self.dataset_size].item())
+            yield batch
+
+
+def make_noise(args, step, samples, shape):
+    """
+    The noise that the samples of a rollout start from. With `--noise shared` all samples of a step have the same:
+    different prompts from the same noise give gradients of lower variance, says the SRPO paper.
+
+    Args:
+        step (`int`): the optimizer step.
+        samples (`Iterable[int]`): numbers of the samples in the run.
+        shape (`tuple[int, ...]`): (C, T, H, W) of the latents.
+
+    Returns:
+        `torch.Tensor` of shape (B, C, T, H, W), float32, on the CPU so that every device draws the same.
+    """
+    if args.noise == "shared":
+        noise = torch.randn(shape, generator=make_generator(args.seed, NOISE, step))
+        return noise.expand(len(samples), *shape)
+    return torch.stack([torch.randn(shape, generator=make_generator(args.seed, NOISE, sample)) for sample in samples])
+
+
+def load_prompt_dataset(path, cache_dir=None):
+    """What `embed_prompts.py` wrote, from a folder or the Hub: a `datasets.DatasetDict` of `train` and `negative`."""
+    if Path(path).is_dir() and (Path(path) / "dataset_dict.json").is_file():
+        return datasets.load_from_disk(path)
+    return datasets.load_dataset(path, cache_dir=cache_dir)
+
+
+def unpack_prompt_embeds(rows, max_sequence_length, dtype):
+    """
+    Pads stored embeddings with zeros, as `WanPipeline.encode_prompt` does.
+
+    Args:
+        rows (`list` of arrays of shape (tokens, D), int16): bit patterns of bfloat16, see `embed_prompts.py`.
+
+    Returns:
+        `torch.Tensor` of shape (B, max_sequence_length, D) and type `dtype`.
+    """
+    rows = [torch.as_tensor(np.asarray(row, dtype=np.int16)).view(torch.bfloat16).to(dtype) for row in rows]
+    return torch.stack([F.pad(row, (0, 0, 0, max_sequence_length - len(row))) for row in rows])
+
+
+def collate_fn(examples, max_sequence_length, dtype):
+    """Rows of the prompt dataset -> {"captions": list of B strings, "prompt_embeds": (B, max_sequence_length, D)}."""
+    return {
+        "captions": [example["caption"] for example in examples],
+        "prompt_embeds": unpack_prompt_embeds([e["prompt_embeds"] for e in examples], max_sequence_length, dtype),
+    }
+
+
+# ---- The transformer: velocity and rollout. -------------------------------------------------------------------------
+def predict_velocity(transformer, latents, sigma, prompt_embeds, tokens_per_sample=None):
+    """
+    Args:
+        transformer: a [`WanTransformer3DModel`], bare or prepared by Accelerate.
+        latents (`torch.Tensor` of shape (B, C, T, H, W)): noisy latents.
+        sigma (`float` or `torch.Tensor` of shape () or (B,)): their noise level in [0, 1], a timestep / 1000.
+        prompt_embeds (`torch.Tensor` of shape (B, L, D)): text embeddings in the type that the transformer takes.
+        tokens_per_sample (`int`, *optional*): for models with `expand_timesteps`, which take a timestep per token.
+
+    Returns:
+        `torch.Tensor` of shape (B, C, T, H, W), float32: noise - x0 as the transformer sees it.
+    """
+    timestep = 1000 * torch.as_tensor(sigma, dtype=torch.float32, device=latents.device).expand(len(latents))
+    if tokens_per_sample is not None:
+        timestep = timestep[:, None].expand(-1, tokens_per_sample)
+    latents = latents.to(prompt_embeds.dtype)
+    velocity = transformer(latents, timestep, encoder_hidden_states=prompt_embeds, return_dict=False)[0]
+    return velocity.float()
+
+
+@torch.no_grad()
+def rollout(velocity_fn, scheduler, noise, prompt_embeds, negative_prompt_embeds, num_steps, guidance_scale):
+    """
+    Paints clean latents from noise, what `WanPipeline(..., output_type="latent")` gives with this scheduler, but with
+    both halves of classifier-free guidance in one batch.
+
+    Args:
+        velocity_fn (`Callable`): (latents, sigma, prompt_embeds) -> velocity, see [`predict_velocity`].
+        scheduler: a flow-matching scheduler of diffusers.
+        noise (`torch.Tensor` of shape (B, C, T, H, W)): where to start.
+        prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape (B, L, D)): with and against the captions.
+        num_steps (`int`): steps of the scheduler.
+        guidance_scale (`float`): 1.0 leaves the negative prompt out and halves the work.
+
+    Returns:
+        `torch.Tensor` of shape (B, C, T, H, W), float32: x0.
+    """
+    guided = guidance_scale > 1.0
+    if guided:
+        prompt_embeds = torch.cat([prompt_embeds, negative_prompt_embeds])
+    scheduler.set_timesteps(num_steps, device=noise.device)
+    scheduler.set_begin_index(0)
+    latents = noise
+    for timestep in scheduler.timesteps:
+        velocity = velocity_fn(torch.cat([latents, latents]) if guided else latents, timestep / 1000, prompt_embeds)
+        if guided:
+            conditional, unconditional = velocity.chunk(2)
+            velocity = unconditional + guidance_scale * (conditional - unconditional)
+        latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+    return latents
+
+
+# ---- The VAE: latents to pixels, with a gradient. -------------------------------------------------------------------
+def decode_latents(vae, latents):
+    """
+    Decodes the latents of single images. The same as `vae.decode` after undoing the normalisation, except that the
+    decoder's blocks are checkpointed where gradients flow: [`AutoencoderKLWan`] has no gradient checkpointing, and its
+    cache of frames, which one frame does not need, would break the recomputation.
+
+    Args:
+        latents (`torch.Tensor` of shape (B, C, 1, H, W)): normalised as the transformer sees them.
+
+    Returns:
+        A tuple: pixels, `torch.Tensor` of shape (B, 3, s * H, s * W), float32 in [0, 1]; and the share of values that
+        were clamped, `torch.Tensor` of shape (). Clamped pixels carry no gradient.
+    """
+    mean, std = (
+        torch.tensor(values, dtype=latents.dtype, device=latents.device).view(1, -1, 1, 1, 1)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    decoder = vae.decoder
+    x = decoder.conv_in(vae.post_quant_conv((latents * std + mean).to(vae.dtype)))
+    blocks = [decoder.mid_block, *(partial(block, first_chunk=True) for block in decoder.up_blocks)]
+    for block in blocks:
+        x = checkpoint(block, x, use_reentrant=False) if x.requires_grad else block(x)
+    x = decoder.conv_out(decoder.nonlinearity(decoder.norm_out(x)))
+    if vae.config.patch_size is not None:
+        x = unpatchify(x, patch_size=vae.config.patch_size)
+    pixels = x[:, :, 0].float()
+    saturated = (pixels.detach().abs() > 1).float().mean()
+    return pixels.clamp(-1, 1) / 2 + 0.5, saturated
+
+
+# ---- Rewards: human-preference models that see pixels and captions. -------------------------------------------------
+def preprocess_pixels(pixels, image_size, mean, std, keep_borders):
+    """
+    Differentiable preprocessing for CLIP-like encoders.
+
+    Args:
+        pixels (`torch.Tensor` of shape (B, 3, H, W)): in [0, 1].
+        image_size (`int`): side of the square that the encoder takes.
+        mean, std (`Sequence[float]`): of each channel.
+        keep_borders (`bool`): fit the longer side and pad with black, as HPSv2's `ResizeMaxSize` does; otherwise fit
+            the shorter side and crop the centre, as CLIP's processor does.
+
+    Returns:
+        `torch.Tensor` of shape (B, 3, image_size, image_size), normalised.
+    """
+    height, width = pixels.shape[-2:]
+    scale = image_size / (max if keep_borders else min)(height, width)
+    height, width = round(height * scale), round(width * scale)
+    pixels = TF.resize(pixels, [height, width], interpolation=TF.InterpolationMode.BICUBIC, antialias=True)
+    if keep_borders:
+        left, top = (image_size - width) // 2, (image_size - height) // 2
+        pixels = TF.pad(pixels, [left, top, image_size - width - left, image_size - height - top])
+    return TF.normalize(TF.center_crop(pixels, [image_size, image_size]), mean, std)
+
+
+class RewardModel(torch.nn.Module):
+    """
+    A frozen model of which images people prefer for a caption. Features have unit norm; a reward is `scale` times
+    their inner product. Subclasses set `model`, `image_size`, `mean`, `std`, `keep_borders` and `scale`, and compute
+    raw features.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.text_cache = {}
+
+    def freeze(self, device, dtype):
+        self.requires_grad_(False).eval().to(device=device, dtype=dtype)
+        self.dtype = dtype
+
+    def encode_images(self, pixels):
+        """`torch.Tensor` of shape (B, 3, H, W) in [0, 1] -> (B, D) float32 of unit norm, differentiable."""
+        pixels = preprocess_pixels(pixels, self.image_size, self.mean, self.std, self.keep_borders)
+        return F.normalize(self.image_features(pixels.to(self.dtype)).float(), dim=-1)
+
+    @torch.no_grad()
+    def encode_texts(self, texts):
+        """List of B strings -> (B, D) float32 of unit norm. Every text is encoded once in a run."""
+        missing = [text for text in dict.fromkeys(texts) if text not in self.text_cache]
+        if missing:
+            features = F.normalize(self.text_features(missing).float(), dim=-1)
+            self.text_cache.update(zip(missing, features, strict=True))
+        return torch.stack([self.text_cache[text] for text in texts])
+
+    def score(self, pixels, captions):
+        """The plain reward of each image for its caption: (B,) float32."""
+        return self.scale * (self.encode_images(pixels) * self.encode_texts(captions)).sum(-1)
+
+
+class HPSReward(RewardModel):
+    """
+    HPSv2.1 (https://arxiv.org/abs/2306.09341): an open_clip model with fine-tuned weights. The score is the cosine.
+
+    Args:
+        path (`str`): checkpoint with the weights under `state_dict`.
+        architecture (`str`): name of the open_clip model that the weights belong to.
+    """
+
+    keep_borders = True
+    scale = 1.0
+
+    def __init__(self, path, device="cpu", dtype=torch.float32, architecture=HPS_ARCHITECTURE):
+        super().__init__()
+        self.model = self.empty_model(architecture)
+        self.model.load_state_dict(self.read_weights(path), assign=True)
+        self.tokenizer = open_clip.get_tokenizer(architecture)
+        self.image_size = self.model.visual.image_size[0]
+        self.mean, self.std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+        self.freeze(device, dtype)
+
+    @staticmethod
+    def empty_model(architecture):
+        with torch.device("meta"):
+            model = open_clip.create_model(architecture, load_weights=False)
+        length = model.context_length  # the causal mask is the one buffer that no checkpoint holds
+        model.attn_mask = torch.full((length, length), float("-inf")).triu(1)
+        return model
+
+    @staticmethod
+    def read_weights(path):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+
+    def image_features(self, pixels):
+        return self.model.encode_image(pixels)
+
+    def text_features(self, texts):
+        return self.model.encode_text(self.tokenizer(texts).to(next(self.model.parameters()).device))
+
+
+class CLIPReward(RewardModel):
+    """
+    PickScore (https://arxiv.org/abs/2305.01569) or any other CLIPModel. The score is the scaled cosine divided by 20,
+    which is the range of HPS (`CLIP` in fastvideo/SRPO.py).
+
+    Args:
+        path (`str`): folder or Hub id of a [`~transformers.CLIPModel`].
+        processor_path (`str`): folder or Hub id of its [`~transformers.CLIPProcessor`].
+    """
+
+    keep_borders = False
+
+    def __init__(self, path, processor_path, device="cpu", dtype=torch.float32):
+        super().__init__()
+        self.model = CLIPModel.from_pretrained(path, dtype=torch.float32)
+        processor = CLIPProcessor.from_pretrained(processor_path)
+        self.tokenizer = processor.tokenizer
+        self.image_size = self.model.config.vision_config.image_size
+        self.mean, self.std = processor.image_processor.image_mean, processor.image_processor.image_std
+        self.scale = self.model.logit_scale.exp().item() / 20
+        self.freeze(device, dtype)
+
+    def image_features(self, pixels):
+        return self.model.get_image_features(pixel_values=pixels).pooler_output
+
+    def text_features(self, texts):
+        length = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+        return self.model.get_text_features(**tokens.to(self.model.device)).pooler_output
+
+
+def load_reward_model(args, device, dtype):
+    """The [`RewardModel`] that `--reward_model` and `--reward_model_path` name, frozen, on `device`."""
+    if args.reward_model == "HPS":
+        return HPSReward(args.reward_model_path, device, dtype)
+    return CLIPReward(args.reward_model_path, args.reward_processor_path, device, dtype)
+
+
+# ---- One rollout's contribution to an update. -----------------------------------------------------------------------
+def graded_pass(velocity_fn, vae, reward_model, x0, noise, prompt_embeds, captions, words, branches, args, weight=1.0):
+    """
+    Takes the graded step of every branch as one batch, decodes and scores it.
+
+    Args:
+        velocity_fn (`Callable`): (latents, sigma, prompt_embeds) -> velocity, see [`predict_velocity`].
+        x0, noise (`torch.Tensor` of shape (B, C, 1, H, W)): rolled-out latents and the noise they came from.
+        prompt_embeds (`torch.Tensor` of shape (B, L, D)): of the plain captions.
+        captions (`list[str]`): B captions; only the reward model sees them with a control word in front.
+        words (`tuple[str, str]`): the positive and the negative control word of this step.
+        branches (`list[Branch]`): N branches.
+        weight (`float`): factor of the loss, see `--loss_weight_shift`.
+
+    Returns:
+        A tuple: the loss, `torch.Tensor` of shape (); and metrics, a dict of detached tensors of shape ().
+    """
+    batch, repeats = len(x0), len(branches)
+    sigma_from, sigma_to, discount = (
+        torch.tensor([getattr(branch, name) for branch in branches], device=x0.device).repeat_interleave(batch)
+        for name in ("sigma_from", "sigma_to", "discount")
+    )
+    embeds = prompt_embeds.repeat(repeats, 1, 1)
+    x0, noise = (latents.repeat(repeats, 1, 1, 1, 1) for latents in (x0, noise))
+    x0_hat = direct_align_step(lambda x, sigma: velocity_fn(x, sigma, embeds), x0, noise, sigma_from, sigma_to)
+
+    pixels, saturated = decode_latents(vae, x0_hat)
+    features = reward_model.encode_images(pixels)
+    positive, negative = (reward_model.encode_texts([f"{word}. {caption}" for caption in captions]) for word in words)
+    # The gradient of the inversion branch has the opposite sign, so its captions are swapped.
+    swaps = [branch.name == "inversion" for branch in branches]
+    score = reward_model.scale * srp_score(
+        features,
+        torch.cat([negative if swap else positive for swap in swaps]),
+        torch.cat([positive if swap else negative for swap in swaps]),
+        discount,
+    )
+    loss = weight * (srpo_loss(score, args.reward_margin) if args.loss == "hinge" else -score.mean())
+
+    score = score.detach().chunk(repeats)
+    features = features.detach()
+    metrics = {
+        "loss": loss.detach(),
+        "score": torch.cat(score).mean(),
+        **{f"score_{branch.name}": score[index].mean() for index, branch in enumerate(branches)},
+        "reward_positive": reward_model.scale * (features * positive.repeat(repeats, 1)).sum(-1).mean(),
+        "reward_negative": reward_model.scale * (features * negative.repeat(repeats, 1)).sum(-1).mean(),
+        "saturated": saturated,
+    }
+    return loss, metrics
+
+
+# ---- Validation: fixed prompts, fixed noise, diffusers' own pipeline. -----------------------------------------------
+class ValidationSet(NamedTuple):
+    captions: list[str]
+    prompt_embeds: torch.Tensor  # (N, L, D)
+    negative_prompt_embeds: torch.Tensor  # (1, L, D)
+
+
+@torch.no_grad()
+def log_validation(accelerator, pipeline, reward_model, validation, args, step):
+    """
+    Paints every validation prompt, each process its share, scores the images and hands them to the trackers and to
+    `images/step-N/` in the output folder.
+
+    Returns:
+        The mean reward of the images for their plain captions, a `float`, on every process.
+    """
+    logger.info(f"Running validation at step {step}: {len(validation.captions)} images.")
+    count, processes = len(validation.captions), accelerator.num_processes
+    # Under ZeRO-3 all processes call the transformer equally often, so the shares are filled up with repeats.
+    mine = [index % count for index in range(accelerator.process_index, -(-count // processes) * processes, processes)]
+    channels, scale = pipeline.transformer.config.in_channels, pipeline.vae_scale_factor_spatial
+    shape = (channels, 1, args.validation_size // scale, args.validation_size // scale)
+    painted = []
+    for start in range(0, len(mine), args.train_batch_size):
+        indices = mine[start : start + args.train_batch_size]
+        noise = [torch.randn(shape, generator=make_generator(args.seed, VALIDATION, index)) for index in indices]
+        images = pipeline(
+            prompt_embeds=validation.prompt_embeds[indices].to(accelerator.device),
+            negative_prompt_embeds=validation.negative_prompt_embeds.repeat(len(indices), 1, 1).to(accelerator.device),
+            latents=torch.stack(noise).to(accelerator.device),
+            height=args.validation_size,
+            width=args.validation_size,
+            num_frames=1,
+            num_inference_steps=args.num_inference_steps,
+            guidance_scale=args.validation_guidance_scale,
+            output_type="pt",
+        ).frames[:, 0]
+        rewards = reward_model.score(images.float(), [validation.captions[index] for index in indices])
+        pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        painted += zip(indices, pixels, rewards.tolist(), strict=True)
+
+    results = {index: (pixels, reward) for index, pixels, reward in gather_object(painted)}
+    rewards = [results[index][1] for index in range(count)]
+    if accelerator.is_main_process:
+        folder = Path(args.output_dir, "images", f"step-{step}")
+        folder.mkdir(parents=True, exist_ok=True)
+        for index, caption in enumerate(validation.captions):
+            Image.fromarray(results[index][0]).save(validation_image_path(args.output_dir, step, index, caption))
+        (folder / "rewards.json").write_text(json.dumps(rewards))
+        images = np.stack([results[index][0] for index in range(count)])
+        for tracker in accelerator.trackers:
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            if hasattr(tracker, "log_images"):
+                tracker.log_images({"validation": images}, step=step, **layout)
+    accelerator.wait_for_everyone()
+    reward = sum(rewards) / count
+    accelerator.log({"validation_reward": reward}, step=step)
+    return reward
+
+
+def validation_image_path(output_dir, step, index, caption):
+    """Where the image of a validation prompt lies: its number and the beginning of its caption."""
+    slug = re.sub(r"\W+", "-", caption.lower()).strip("-")[:48]
+    return Path(output_dir, "images", f"step-{step}", f"{index:03d}-{slug}.png")
+
+
+def save_before_after(output_dir, captions, steps, columns=8):
+    """`before_after.png`: the first validation images of two steps, one above the other, with their rewards."""
+    captions = captions[:columns]
+    figure, axes = plt.subplots(2, len(captions), figsize=(2.4 * len(captions), 5.6), squeeze=False)
+    for row, step in zip(axes, steps, strict=True):
+        rewards = json.loads(Path(output_dir, "images", f"step-{step}", "rewards.json").read_text())
+        for index, (axis, caption) in enumerate(zip(row, captions, strict=True)):
+            axis.imshow(Image.open(validation_image_path(output_dir, step, index, caption)))
+            axis.set_xlabel(f"reward {rewards[index]:.3f}", fontsize=8)
+            axis.set_xticks([])
+            axis.set_yticks([])
+            if step == steps[0]:
+                axis.set_title("\n".join(re.findall(r".{1,26}(?:\s|$)", caption)[:3]), fontsize=8)
+        row[0].set_ylabel(f"step {step}")
+    figure.tight_layout()
+    figure.savefig(Path(output_dir, "before_after.png"), dpi=120)
+    plt.close(figure)
+
+
+def save_reward_curve(output_dir, history):
+    """`reward.png`: rewards and scores of the training samples by step, and the reward of the validation images."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    for name in ("reward_positive", "reward_negative"):
+        rows = [row for row in history if name in row]
+        left.plot([row["step"] for row in rows], [row[name] for row in rows], label=name.replace("_", ", "), alpha=0.8)
+    rows = [row for row in history if "validation_reward" in row]
+    left.plot([row["step"] for row in rows], [row["validation_reward"] for row in rows], "ko-", label="validation")
+    for name in ("score_denoise", "score_inversion"):
+        rows = [row for row in history if name in row]
+        if rows:
+            right.plot([row["step"] for row in rows], [row[name] for row in rows], label=name.replace("_", ", "))
+    for axis, title in ((left, "Reward"), (right, "Relative score")):
+        axis.set_title(title)
+        axis.set_xlabel("update")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(Path(output_dir, "reward.png"), dpi=120)
+    plt.close(figure)
+
+
+# ---- What a run leaves behind: checkpoints, the model, its card. ----------------------------------------------------
+def list_checkpoints(output_dir):
+    """The complete checkpoints in a folder, oldest first."""
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(folders, key=lambda path: int(path.name.split("-")[1]))
+
+
+def save_checkpoint(accelerator, args, step, history):
+    """
+    Writes `checkpoint-N`: the training state, and `trainer_state.json` with the step and the curves. It is written
+    beside and renamed when complete; only then are old checkpoints above `--checkpoints_total_limit` removed.
+    """
+    folder = Path(args.output_dir, f"checkpoint-{step}")
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    if accelerator.is_main_process:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(unfinished))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        state = {"global_step": step, "history": history}
+        (unfinished / "trainer_state.json").write_text(json.dumps(state))
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+        if args.checkpoints_total_limit is not None:
+            for old in list_checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
+                shutil.rmtree(old)
+        logger.info(f"Saved state to {folder}")
+    accelerator.wait_for_everyone()
+
+
+def load_checkpoint(accelerator, args):
+    """Continues from `--resume_from_checkpoint`: (step, history), or (0, []) where `latest` finds no checkpoint."""
+    folder = args.resume_from_checkpoint
+    if folder == "latest":
+        folder = (list_checkpoints(args.output_dir) or [None])[-1]
+    if folder is None:
+        logger.warning(f"`{args.output_dir}` holds no checkpoint yet: training starts at step 0.")
+        return 0, []
+    accelerator.load_state(str(folder))
+    state = json.loads(Path(folder, "trainer_state.json").read_text())
+    logger.info(f"Resumed from {folder} at step {state['global_step']}")
+    return state["global_step"], state["history"]
+
+
+def save_transformer(accelerator, transformer, folder, dtype):
+    """Writes config.json and safetensors that `WanTransformer3DModel.from_pretrained` loads. Runs on all processes."""
+    state_dict = accelerator.get_state_dict(transformer)
+    if accelerator.is_main_process:
+        accelerator.unwrap_model(transformer).save_config(folder)
+        save_torch_state_dict(
+            {name: tensor.to(dtype) for name, tensor in state_dict.items()},
+            folder,
+            filename_pattern=SAFETENSORS_WEIGHTS_NAME.replace(".safetensors", "{suffix}.safetensors"),
+            max_shard_size="10GB",
+        )
+    accelerator.wait_for_everyone()
+
+
+MODEL_CARD = """
+# SRPO fine-tuning of {base}
+
+`{expert}` of [{base}](https://huggingface.co/{base}), fine-tuned for text-to-image with SRPO on the reward of
+{reward_model}: {updates} updates{rewards}.
+
+{images}
+![Reward curve](reward.png)
+
+## How to use it
+
+```python
+import torch
+from diffusers import WanPipeline, WanTransformer3DModel
+
+expert = WanTransformer3DModel.from_pretrained("{repo_id}", subfolder="{expert}", dtype=torch.bfloat16)
+pipe = WanPipeline.from_pretrained("{base}", {experts}, dtype=torch.bfloat16).to("cuda")
+image = pipe(
+    "a red fox in the snow", num_frames=1, height={size}, width={size}, num_inference_steps={steps},
+    guidance_scale={guidance_scale}, max_sequence_length={max_sequence_length}, output_type="pil",
+).frames[0][0]
+image.save("fox.png")
+```
+
+## Training settings
+
+| flag | value |
+|---|---|
+{settings}
+
+## Citation
+
+```bibtex
+@article{{shen2025directly,
+  title={{Directly Aligning the Full Diffusion Trajectory with Fine-Grained Human Preference}},
+  author={{Shen, Xiangwei and Li, Zhimin and Yang, Zhantao and Zhang, Shiyi and Zhang, Yingfang and Li, Donghao and
+    Wang, Chunyu and Lu, Qinglin and Tang, Yansong}},
+  journal={{arXiv preprint arXiv:2509.06942}}, year={{2025}}
+}}
+@article{{wan2025,
+  title={{Wan: Open and Advanced Large-Scale Video Generative Models}},
+  author={{Team Wan}}, journal={{arXiv preprint arXiv:2503.20314}}, year={{2025}}
+}}
+```
+"""
+
+
+def save_model_card(args, repo_id, history, model):
+    """Writes the `README.md` of the output folder: what it is, how to use it, how it was made."""
+    expert = args.transformer_subfolder
+    validation = [row["validation_reward"] for row in history if "validation_reward" in row]
+    settings = {
+        name: " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+        for name, value in sorted(vars(args).items())
+        if value is not None and name not in ("hub_token", "output_dir", "validation_prompts")
+    }
+    content = MODEL_CARD.format(
+        base=args.pretrained_model_name_or_path,
+        expert=expert,
+        experts="transformer=None, transformer_2=expert, boundary_ratio=1.0"
+        if model.two_experts
+        else f"{expert}=expert",
+        reward_model=args.reward_model,
+        updates=args.max_train_steps,
+        rewards=f", validation reward {validation[0]:.4f} -> {validation[-1]:.4f}" if validation else "",
+        images="![Validation images before and after training](before_after.png)\n" if validation else "",
+        repo_id=repo_id,
+        size=args.validation_size,
+        steps=args.num_inference_steps,
+        guidance_scale=args.validation_guidance_scale,
+        max_sequence_length=args.max_sequence_length,
+        settings="\n".join(f"| `--{name}` | {value} |" for name, value in settings.items()),
+    )
+    data = ModelCardData(
+        base_model=args.pretrained_model_name_or_path,
+        library_name="diffusers",
+        license="apache-2.0",
+        pipeline_tag="text-to-image",
+        tags=["text-to-image", "diffusers", "wan", "srpo"],
+    )
+    ModelCard(f"---\n{data.to_yaml()}\n---\n{content}").save(Path(args.output_dir, "README.md"))
+
+
+def upload(args, repo_id):
+    """Uploads the output folder without its checkpoints. If that fails, the folder is whole and a message says how."""
+    ignored = ["checkpoint-*", "logs/*"]
+    try:
+        upload_folder(
+            repo_id=repo_id,
+            folder_path=args.output_dir,
+            commit_message="End of training",
+            ignore_patterns=ignored,
+            token=args.hub_token,
+        )
+    except Exception as error:  # whatever it was, the run is done and its files are safe
+        exclude = " ".join(f"--exclude '{pattern}'" for pattern in ignored)
+        logger.error(f"Upload failed: {error}\nUpload later with: hf upload {repo_id} {args.output_dir} . {exclude}")
+
+
+# ---- Arguments and inputs. ------------------------------------------------------------------------------------------
+def parse_args(input_args=None):
+    parser = argparse.ArgumentParser(
+        description="Fine-tune the low-noise expert of Wan2.2 for text-to-image with SRPO.",
+        usage="accelerate launch --config_file CONFIG %(prog)s --pretrained_model_name_or_path M --dataset_name D "
+        "--reward_model {HPS,PickScore,CLIP} --reward_model_path P --output_dir O [options, see --help]",
+    )
+
+    # fmt: off
+    add = parser.add_argument_group("model and data").add_argument
+    add("--pretrained_model_name_or_path", required=True,
+        help="Path to pretrained model or model identifier from huggingface.co/models, in the layout of diffusers.")
+    add("--revision", help="Revision of pretrained model identifier from huggingface.co/models.")
+    add("--variant", help="Variant of the model files of the pretrained model identifier, 'e.g.' fp16")
+    add("--transformer_subfolder", default="transformer_2",
+        help="The expert to train: `transformer` for models that have one, as Wan2.1 and Wan2.2-TI2V-5B.")
+    add("--dataset_name", required=True, help="Folder or Hub id of the dataset that embed_prompts.py wrote.")
+    add("--max_sequence_length", type=int, default=512,
+        help="Maximum sequence length of the text embeddings: the one that the captions were embedded with.")
+    add("--cache_dir", help="The directory where the downloaded models and datasets will be stored.")
+    add("--dataloader_num_workers", type=int, default=0, help="Number of subprocesses to use for data loading.")
+    add("--height", type=int, default=512, help="The height in pixels of the images to train on.")
+    add("--width", type=int, default=512, help="The width in pixels of the images to train on.")
+
+    add = parser.add_argument_group("reward").add_argument
+    add("--reward_model", choices=["HPS", "PickScore", "CLIP"], default="HPS", help="The human-preference model.")
+    add("--reward_model_path",
+        help="HPS: the file HPS_v2.1_compressed.pt. PickScore, CLIP: folder or Hub id of a CLIPModel. HPS and "
+             "PickScore are downloaded by default.")
+    add("--reward_processor_path", help="PickScore, CLIP: folder or Hub id of the processor, if not the usual one.")
+    add("--reward_dtype", choices=["fp32", "bf16"], help="Precision of the reward model. Default: that of the run.")
+    add("--positive_words", nargs="+", default=POSITIVE_WORDS,
+        help="Control words to move towards, a new one every step. The published ones suit HPS.")
+    add("--negative_words", nargs="+", default=NEGATIVE_WORDS,
+        help="Control words to move away from, a new one every step. The published ones suit HPS.")
+
+    add = parser.add_argument_group("SRPO").add_argument
+    add("--branches", choices=["both", "denoise", "inversion"], default="both", help="Branches of the graded step.")
+    add("--loss", choices=["hinge", "linear"], default="hinge", help="relu(margin - score), or just -score.")
+    add("--reward_margin", type=float, default=0.7, help="The score from which on the hinge loss is zero.")
+    add("--loss_weight_shift", type=float,
+        help="Weigh the loss at position p by the curve of this shift at p / timestep_length; 3.0 was published for "
+             "Qwen-Image. Default: all positions weigh the same.")
+    add("--train_timestep", type=int, nargs=2, default=[5, 25], metavar=("FIRST", "LAST"),
+        help="First and last step of the trained window, of the num_inference_steps of the schedule.")
+    add("--timestep_length", type=int, default=1000, help="Number of noise levels in the trained window.")
+    add("--groundtruth_ratio", type=float, default=0.9,
+        help="Share of the window that is injected noise; the graded step spans the rest.")
+    add("--discount_pos", type=float, nargs=2, default=[0.1, 0.25], metavar=("LOW", "HIGH"),
+        help="Extra weight of the positive caption in the denoise branch, at the low- and high-noise end.")
+    add("--discount_inv", type=float, nargs=2, default=[0.3, 0.01], metavar=("LOW", "HIGH"),
+        help="Extra weight of the negative caption in the inversion branch, at the low- and high-noise end.")
+    add("--shift", type=float, default=1.0, help="Shift of the schedule that the window is cut from.")
+    add("--num_inference_steps", type=int, default=40,
+        help="The number of denoising steps of the schedule that the window is cut from, and of validation images.")
+
+    add = parser.add_argument_group("rollout").add_argument
+    add("--sampling_steps", type=int, default=25, help="The number of denoising steps of a rollout.")
+    add("--rollout_shift", type=float, help="Shift of the rollout's schedule. Default: `flow_shift` of the model.")
+    add("--rollout_guidance_scale", type=float, default=3.0,
+        help="Classifier-free guidance scale of rollouts. 1.0 turns it off and halves their cost.")
+    add("--noise", choices=["shared", "per_sample"], default="shared",
+        help="Start all samples of a step from the same noise, or each from its own.")
+
+    add = parser.add_argument_group("optimization").add_argument
+    add("--seed", type=int, default=42, help="A seed for reproducible training.")
+    add("--train_batch_size", type=int, default=1, help="Batch size (per device) of a rollout, in captions.")
+    add("--gradient_accumulation_steps", type=int, default=1,
+        help="Number of rollouts to accumulate before performing an update. Each counts once, whatever its branches.")
+    add("--max_train_steps", type=int, default=100, help="Total number of updates to perform.")
+    add("--learning_rate", type=float, default=5e-6, help="Initial learning rate to use.")
+    schedulers = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
+    add("--lr_scheduler", choices=schedulers, default="constant", help="The scheduler type to use.")
+    add("--lr_warmup_steps", type=int, default=0, help="Number of steps for the warmup in the lr scheduler.")
+    add("--adam_beta1", type=float, default=0.9, help="The beta1 parameter for the AdamW optimizer.")
+    add("--adam_beta2", type=float, default=0.999, help="The beta2 parameter for the AdamW optimizer.")
+    add("--adam_weight_decay", type=float, default=1e-4, help="Weight decay to use.")
+    add("--adam_epsilon", type=float, default=1e-8, help="Epsilon value for the AdamW optimizer.")
+    add("--max_grad_norm", type=float, default=0.1, help="Max gradient norm.")
+    add("--gradient_checkpointing", action="store_true",
+        help="Whether or not to use gradient checkpointing to save memory at the expense of slower backward pass.")
+    add("--allow_tf32", action="store_true", help="Whether or not to allow TF32 on Ampere and later GPUs.")
+
+    add = parser.add_argument_group("validation").add_argument
+    add("--validation_prompts", nargs="*",
+        help="Prompts to paint before, during and after training. Default: the first four captions. None at all turns "
+             "validation off. Prompts that are not among the captions are encoded at the start.")
+    add("--validation_steps", type=int, default=10, help="Run validation every X updates, and at the end.")
+    add("--validation_size", type=int, default=1024, help="The side in pixels of validation images.")
+    add("--validation_guidance_scale", type=float, default=3.0,
+        help="Classifier-free guidance scale of validation images.")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", default="srpo-wan",
+        help="The output directory where the model, checkpoints, images and logs will be written.")
+    add("--overwrite_output_dir", action="store_true", help="Delete what an earlier run wrote to `output_dir` first.")
+    add("--checkpointing_steps", type=int, default=10, help="Save a checkpoint of the training state every X updates.")
+    add("--checkpoints_total_limit", type=int, help="Max number of checkpoints to store.")
+    add("--resume_from_checkpoint",
+        help="Continue from a checkpoint: its path, or `latest` for the last one in `output_dir`.")
+    add("--logging_dir", default="logs", help="The directory for TensorBoard logs, inside `output_dir`.")
+    add("--report_to", default="tensorboard", help="Where to log: `tensorboard`, `wandb`, ..., `all` or `none`.")
+    add("--push_to_hub", action="store_true", help="Whether or not to push the model to the Hub.")
+    add("--hub_model_id", help="The name of the repository to push to. Default: the name of `output_dir`.")
+    add("--hub_token", help="The token to use to push to the Model Hub.")
+    add("--hub_private_repo", action="store_true", help="Whether to create the repository as private.")
+    # fmt: on
+
+    args = parser.parse_args(input_args)
+    check_values(args, parser.error)
+    return args
+
+
+def check_values(args, error):
+    """Refuses values that no run can use. `error` takes the message and does not return."""
+    counts = ["train_batch_size", "gradient_accumulation_steps", "max_train_steps", "max_sequence_length"]
+    counts += ["sampling_steps", "num_inference_steps", "validation_steps", "checkpointing_steps"]
+    for name in [*counts, "checkpoints_total_limit"]:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            error(f"`--{name}` must be at least 1, but is {value}.")
+    (first, last), steps = args.train_timestep, args.num_inference_steps
+    if not 0 <= first < last <= steps:
+        error(f"`--train_timestep {first} {last}` must be two growing steps of the {steps} `--num_inference_steps`.")
+    if args.timestep_length < 2 * POSITION_MARGIN:
+        error(f"`--timestep_length` must be at least {2 * POSITION_MARGIN}, but is {args.timestep_length}.")
+    if not 0 < args.groundtruth_ratio < 1:
+        error(f"`--groundtruth_ratio` must be between 0 and 1, but is {args.groundtruth_ratio}.")
+    if args.seed < 0:
+        error(f"`--seed` must not be negative, but is {args.seed}.")
+    if args.push_to_hub and not (args.hub_token or get_token()):
+        error("`--push_to_hub` needs a token: run `hf auth login` or pass `--hub_token`.")
+
+
+@contextmanager
+def blame(cause):
+    """Turns whatever a library says of unreadable input into a `ValueError` of one line that begins with `cause`."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{cause}: {' '.join(str(error).split())}") from error
+
+
+class ModelInfo(NamedTuple):
+    """What the configs of the base model say; see the attributes of the same names in diffusers."""
+
+    two_experts: bool
+    boundary_ratio: float | None
+    expand_timesteps: bool
+    patch_size: tuple[int, int, int]
+    in_channels: int
+    text_dim: int
+    vae_scale_factor: int
+    flow_shift: float
+
+
+def model_source(args):
+    """Where to load the base model from: arguments of every `from_pretrained` and `load_config`."""
+    return {
+        "pretrained_model_name_or_path": args.pretrained_model_name_or_path,
+        "revision": args.revision,
+        "cache_dir": args.cache_dir,
+    }
+
+
+def read_model_info(args):
+    """
+    Reads the configs of `--pretrained_model_name_or_path`, no weights.
+
+    Raises:
+        `ValueError`: if it is not a Wan pipeline or lacks the expert to train.
+    """
+    path, expert, source = args.pretrained_model_name_or_path, args.transformer_subfolder, model_source(args)
+    with blame(f"`--pretrained_model_name_or_path {path}` is not a Wan pipeline in the layout of diffusers"):
+        index = WanPipeline.load_config(**source)
+        scheduler = UniPCMultistepScheduler.load_config(**source, subfolder="scheduler")
+        with torch.device("meta"):
+            vae = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(**source, subfolder="vae"))
+    two_experts = index.get("transformer_2", [None, None])[1] is not None
+    if two_experts != (expert == "transformer_2"):
+        raise ValueError(
+            f"`{path}` has {'two experts' if two_experts else 'no `transformer_2`, only one expert'}: train it with "
+            f"`--transformer_subfolder {'transformer_2' if two_experts else 'transformer'}`."
+        )
+    with blame(f"`--pretrained_model_name_or_path {path}` lacks the model in `{expert}`"), torch.device("meta"):
+        config = WanTransformer3DModel.load_config(**source, subfolder=expert)
+        transformer = WanTransformer3DModel.from_config(config)
+    return ModelInfo(
+        two_experts=two_experts,
+        boundary_ratio=index.get("boundary_ratio"),
+        expand_timesteps=index.get("expand_timesteps", False),
+        patch_size=tuple(transformer.config.patch_size),
+        in_channels=transformer.config.in_channels,
+        text_dim=transformer.config.text_dim,
+        vae_scale_factor=vae.config.scale_factor_spatial,
+        flow_shift=scheduler.get("flow_shift", 1.0),
+    )
+
+
+def check_window(args, model):
+    """Refuses a training window above the boundary of the low-noise expert and names the largest valid one."""
+    if not model.two_experts:
+        return
+    schedule = shift_sigmas(torch.linspace(1, 0, args.num_inference_steps + 1), args.shift)
+    first, last = args.train_timestep
+    if schedule[first] > model.boundary_ratio + 1e-6:
+        lowest = int((schedule > model.boundary_ratio + 1e-6).sum())
+        raise ValueError(
+            f"`--train_timestep {first} {last}` starts at sigma {schedule[first]:.3f}, above the boundary "
+            f"{model.boundary_ratio} of the low-noise expert, which sees no such noise. The largest valid window of "
+            f"this schedule is `--train_timestep {lowest} {args.num_inference_steps}`."
+        )
+
+
+def check_sizes(args, model):
+    """Refuses image sizes that the latents cannot have."""
+    for name in ("height", "width", "validation_size"):
+        multiple = model.vae_scale_factor * model.patch_size[2 if name == "width" else 1]
+        if name == "validation_size":
+            multiple = np.lcm(multiple, 16).item()  # WanPipeline's own demand
+        value = getattr(args, name)
+        if value < 1 or value % multiple:
+            raise ValueError(
+                f"`--{name} {value}` must be a multiple of {multiple} for this model, for example "
+                f"{max(1, round(value / multiple)) * multiple}."
+            )
+
+
+def text_encoder_fingerprint(args):
+    """
+    Identifies the text encoder by its weights, as `embed_prompts.py` does, wherever they lie: the first 16 hex digits
+    of the SHA-256 of its last layer norm in bfloat16. Only that tensor is read.
+    """
+    name = "encoder.final_layer_norm.weight"
+    source = {"subfolder": "text_encoder", "revision": args.revision, "cache_dir": args.cache_dir}
+    cached = partial(cached_file, args.pretrained_model_name_or_path, **source)
+    suffix = f".{args.variant}" if args.variant else ""
+    index = cached(f"model.safetensors.index{suffix}.json", _raise_exceptions_for_missing_entries=False)
+    file = json.loads(Path(index).read_text())["weight_map"][name] if index else f"model{suffix}.safetensors"
+    with safe_open(cached(file), framework="pt") as weights:
+        weight = weights.get_tensor(name)
+    return hashlib.sha256(weight.to(torch.bfloat16).view(torch.int16).numpy().tobytes()).hexdigest()[:16]
+
+
+def check_dataset(args, model):
+    """Refuses a dataset that `embed_prompts.py` did not write for this model's text encoder; else returns it."""
+    name, path = f"`--dataset_name {args.dataset_name}`", args.pretrained_model_name_or_path
+    with blame(f"{name} cannot be loaded; make it with embed_prompts.py"):
+        dataset = load_prompt_dataset(args.dataset_name, args.cache_dir)
+    columns = {"caption", "prompt_embeds", "text_encoder_fingerprint", "max_sequence_length"}
+    for split in ("train", "negative"):
+        if split not in dataset or not columns <= set(dataset[split].column_names) or len(dataset[split]) == 0:
+            raise ValueError(f"{name} was not made by embed_prompts.py: it lacks rows or columns in `{split}`.")
+    with blame(f"`--pretrained_model_name_or_path {path}` lacks the text encoder to compare {name} with"):
+        fingerprint = text_encoder_fingerprint(args)
+    for rows in (dataset["train"], dataset["negative"]):
+        for what, found, expected in (
+            ("embeddings of size", {np.asarray(rows[0]["prompt_embeds"]).shape[-1]}, model.text_dim),
+            ("embeddings of length", set(rows.unique("max_sequence_length")), args.max_sequence_length),
+            ("embeddings of the text encoder", set(rows.unique("text_encoder_fingerprint")), fingerprint),
+        ):
+            if found != {expected}:
+                raise ValueError(
+                    f"{name} holds {what} {', '.join(map(str, found))}, but `{path}` with `--max_sequence_length "
+                    f"{args.max_sequence_length}` needs {expected}. Embed the captions again for this model."
+                )
+    return dataset
+
+
+def check_reward(args):
+    """
+    Fills in the defaults of `--reward_model_path` and `--reward_processor_path` and refuses a checkpoint that is
+    missing or of another architecture.
+    """
+    if args.reward_model == "HPS":
+        args.reward_model_path = path = args.reward_model_path or hf_hub_download(HPS_REPOSITORY, HPS_FILE)
+        if not Path(path).is_file():
+            download = f"hf download {HPS_REPOSITORY} {HPS_FILE} --local-dir ."
+            raise ValueError(f"`--reward_model_path {path}` is not a file. Download it with `{download}`.")
+        with blame(f"`--reward_model_path {path}` is not a checkpoint with a `state_dict`"):
+            found = {name: tensor.shape for name, tensor in HPSReward.read_weights(path).items()}
+        expected = {
+            name: tensor.shape for name, tensor in HPSReward.empty_model(HPS_ARCHITECTURE).state_dict().items()
+        }
+        different = [name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]
+        if different:
+            raise ValueError(
+                f"`--reward_model_path {path}` is not of the architecture {HPS_ARCHITECTURE}: {len(different)} "
+                f"tensors differ, such as `{min(different)}`."
+            )
+        return
+    if args.reward_model == "PickScore":
+        args.reward_model_path = args.reward_model_path or PICKSCORE_REPOSITORY
+        args.reward_processor_path = args.reward_processor_path or PICKSCORE_PROCESSOR
+    path = args.reward_model_path
+    if path is None:
+        raise ValueError("`--reward_model CLIP` needs `--reward_model_path`, the folder or Hub id of a CLIPModel.")
+    args.reward_processor_path = args.reward_processor_path or path
+    with blame(f"`--reward_model_path {path}` is not the folder or Hub id of a CLIPModel"):
+        kind = AutoConfig.from_pretrained(path).model_type
+    if kind != "clip":
+        raise ValueError(f"`--reward_model_path {path}` is of type `{kind}`; {args.reward_model} needs type `clip`.")
+
+
+def check_output_dir(args):
+    """Refuses to write into the output of another run, and a checkpoint to resume from that is not there."""
+    folder = args.resume_from_checkpoint
+    if folder not in (None, "latest") and not Path(folder, "trainer_state.json").is_file():
+        found = ", ".join(map(str, list_checkpoints(args.output_dir))) or "none"
+        raise ValueError(
+            f"`--resume_from_checkpoint {folder}` is not a complete checkpoint; `output_dir` has {found}."
+        )
+    output = Path(args.output_dir)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"`--output_dir {output}` is a file.")
+    if output.is_dir() and any(output.iterdir()) and not (folder or args.overwrite_output_dir):
+        raise ValueError(
+            f"`--output_dir {output}` is not empty. Choose another, continue its run with `--resume_from_checkpoint "
+            "latest`, or delete it with `--overwrite_output_dir`."
+        )
+
+
+def check_inputs(args):
+    """Refuses, before any model is loaded, what cannot succeed, in one line. Returns ([`ModelInfo`], dataset)."""
+    try:
+        check_output_dir(args)
+        model = read_model_info(args)
+        check_sizes(args, model)
+        check_window(args, model)
+        dataset = check_dataset(args, model)
+        check_reward(args)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+    return model, dataset
+
+
+# ---- The run. -------------------------------------------------------------------------------------------------------
+def make_accelerator(args):
+    """The [`Accelerator`] of the run, with DeepSpeed's settings filled in from the script's flags."""
+    # DeepSpeed runs on CPUs too, but only if told not to look for NCCL.
+    needs_gloo = "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))),
+        step_scheduler_with_optimizer=False,  # the learning rate follows updates, not updates times processes
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if needs_gloo else None,
+    )
+    if accelerator.mixed_precision == "fp16":
+        raise SystemExit("error: `mixed_precision: fp16` overflows in Wan's transformer. Use bf16.")
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        # "auto" in the JSON would become 1.0, whatever `--max_grad_norm` says, and DeepSpeed does the clipping.
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        config["gradient_clipping"] = args.max_grad_norm
+        config["train_micro_batch_size_per_gpu"] = args.train_batch_size
+    return accelerator
+
+
+def prepare_output_dir(accelerator, args):
+    """Clears what an earlier run left if `--overwrite_output_dir`, and starts logging, details to `train.log` only."""
+    logging.basicConfig(format=LOG_FORMAT, datefmt="%m/%d/%Y %H:%M:%S")
+    for handler in logging.getLogger().handlers:
+        handler.setLevel(logging.INFO)
+    logger.setLevel(logging.DEBUG)
+    output = Path(args.output_dir)
+    if accelerator.is_main_process:
+        if args.overwrite_output_dir and not args.resume_from_checkpoint:
+            for name in (args.transformer_subfolder, "images", args.logging_dir):
+                shutil.rmtree(output / name, ignore_errors=True)
+            for folder in output.glob("checkpoint-*"):
+                shutil.rmtree(folder)
+            for name in ("README.md", "train.log", "reward.png", "before_after.png"):
+                (output / name).unlink(missing_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(output / "train.log")
+        handler.setFormatter(logging.Formatter(LOG_FORMAT))
+        logging.getLogger().addHandler(handler)
+    accelerator.wait_for_everyone()
+
+
+def make_validation_set(accelerator, args, dataset, dtype):
+    """
+    The [`ValidationSet`] of `--validation_prompts`, or `None` without any. Prompts that are not in the dataset are
+    encoded by the main process with the model's text encoder, which is freed again.
+    """
+    rows = dataset["train"]
+    row_of = {caption: index for index, caption in enumerate(rows["caption"])}
+    captions = list(row_of)[:4] if args.validation_prompts is None else args.validation_prompts
+    if not captions:
+        return None
+    missing = [caption for caption in captions if caption not in row_of]
+    encoded = [None]
+    if missing and accelerator.is_main_process:
+        logger.info(f"Encoding {len(missing)} validation prompts that are not in the dataset.")
+        pipeline = WanPipeline.from_pretrained(
+            **model_source(args),
+            variant=args.variant,
+            vae=None,
+            transformer=None,
+            transformer_2=None,
+            dtype=torch.bfloat16,
+        ).to(accelerator.device)
+        with torch.no_grad():
+            encoded[0] = pipeline.encode_prompt(
+                missing, do_classifier_free_guidance=False, max_sequence_length=args.max_sequence_length
+            )[0].cpu()
+        del pipeline
+    broadcast_object_list(encoded)
+    embeds = dict(zip(missing, encoded[0].to(dtype), strict=True)) if missing else {}
+    for caption in set(captions) - set(missing):
+        embeds[caption] = collate_fn([rows[row_of[caption]]], args.max_sequence_length, dtype)["prompt_embeds"][0]
+    negative = collate_fn([dataset["negative"][0]], args.max_sequence_length, dtype)["prompt_embeds"]
+    return ValidationSet(captions, torch.stack([embeds[caption] for caption in captions]), negative)
+
+
+def peak_memory_gb(device):
+    """Most memory held so far, in GB: of the accelerator, or of the process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def main(args):
+    model, dataset = check_inputs(args)
+    accelerator = make_accelerator(args)
+    prepare_output_dir(accelerator, args)
+    logger.info(accelerator.state, main_process_only=False)
+    for library in (transformers, diffusers):
+        library.utils.logging.set_verbosity_error()
+    set_seed(args.seed)
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+
+    repo_id = args.hub_model_id or Path(args.output_dir).name
+    if args.push_to_hub and accelerator.is_main_process:
+        repo_id = create_repo(repo_id, exist_ok=True, private=args.hub_private_repo, token=args.hub_token).repo_id
+
+    # Precision: DeepSpeed keeps its own float32 master weights, autocast needs the weights themselves in float32.
+    weight_dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    uses_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    transformer_dtype = weight_dtype if uses_deepspeed else torch.float32
+    reward_dtype = {None: weight_dtype, "fp32": torch.float32, "bf16": torch.bfloat16}[args.reward_dtype]
+
+    # Load models. Captions were encoded before, so the text encoder stays on disk.
+    validation = make_validation_set(accelerator, args, dataset, transformer_dtype)
+    source = model_source(args)
+    vae = AutoencoderKLWan.from_pretrained(**source, subfolder="vae", variant=args.variant, dtype=weight_dtype)
+    vae.requires_grad_(False).eval().to(accelerator.device)
+    reward_model = load_reward_model(args, accelerator.device, reward_dtype)
+    transformer = WanTransformer3DModel.from_pretrained(
+        **source, subfolder=args.transformer_subfolder, variant=args.variant, dtype=transformer_dtype
+    )
+    transformer.requires_grad_(True).train()
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=args.rollout_shift or model.flow_shift)
+
+    optimizer = torch.optim.AdamW(
+        transformer.parameters(),
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
+    )
+    rotary_tables = [table.clone() for table in transformer.rope.buffers()]
+    transformer, optimizer, lr_scheduler = accelerator.prepare(transformer, optimizer, lr_scheduler)
+    # DeepSpeed casts a whole module to bfloat16, and three digits of a cosine are too few for a position.
+    for buffer, table in zip(accelerator.unwrap_model(transformer).rope.buffers(), rotary_tables, strict=True):
+        buffer.data = table.to(buffer.device)
+
+    # One expert paints validation images alone, from noise to image, so the pipeline needs no boundary.
+    pipeline = WanPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=vae,
+        scheduler=UniPCMultistepScheduler.from_pretrained(**source, subfolder="scheduler"),
+        transformer=accelerator.unwrap_model(transformer),
+        expand_timesteps=model.expand_timesteps,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    validate = partial(log_validation, accelerator, pipeline, reward_model, validation, args)
+
+    config = {name: str(value) for name, value in vars(args).items() if name != "hub_token"}
+    accelerator.init_trackers("srpo-wan-t2i", config=config)
+    history = []
+    if validation is not None and not Path(args.output_dir, "images", "step-0", "rewards.json").is_file():
+        history.append({"step": 0, "validation_reward": validate(0)})
+    first_step = 0
+    if args.resume_from_checkpoint:
+        first_step, resumed_history = load_checkpoint(accelerator, args)
+        history = resumed_history or history
+
+    accumulation = args.gradient_accumulation_steps
+    sampler = SampleSampler(
+        len(dataset["train"]),
+        args.seed,
+        range(first_step * accumulation, args.max_train_steps * accumulation),
+        args.train_batch_size,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+    dataloader = torch.utils.data.DataLoader(
+        dataset["train"].select_columns(["caption", "prompt_embeds"]).with_format("numpy"),
+        batch_sampler=sampler,
+        collate_fn=partial(collate_fn, max_sequence_length=args.max_sequence_length, dtype=transformer_dtype),
+        num_workers=args.dataloader_num_workers,
+    )
+    batches = iter(dataloader)
+    negative = collate_fn([dataset["negative"][0]], args.max_sequence_length, transformer_dtype)["prompt_embeds"]
+    negative = negative.repeat(args.train_batch_size, 1, 1).to(accelerator.device)
+
+    train_sigmas = make_train_sigmas(args.num_inference_steps, args.shift, args.train_timestep, args.timestep_length)
+    latent_height, latent_width = args.height // model.vae_scale_factor, args.width // model.vae_scale_factor
+    latent_shape = (model.in_channels, 1, latent_height, latent_width)
+    tokens = latent_height // model.patch_size[1] * (latent_width // model.patch_size[2])
+    velocity_fn = partial(predict_velocity, transformer, tokens_per_sample=tokens if model.expand_timesteps else None)
+
+    samples_per_step = args.train_batch_size * accelerator.num_processes * accumulation
+    logger.info("***** Running training *****")
+    logger.info(f"  Num captions = {len(dataset['train'])}")
+    logger.info(f"  Instantaneous batch size per device = {args.train_batch_size}")
+    logger.info(f"  Total train batch size (w. parallel, distributed & accumulation) = {samples_per_step}")
+    logger.info(f"  Gradient Accumulation steps = {accumulation}")
+    logger.info(f"  Total optimization steps = {args.max_train_steps}")
+    logger.info(f"  Trained noise levels = {train_sigmas[0]:.3f} to {train_sigmas[-1]:.3f}")
+    hidden = not accelerator.is_local_main_process  # one progress bar on each machine
+    progress_bar = tqdm(total=args.max_train_steps, initial=first_step, desc="Steps", disable=hidden)
+
+    for step in range(first_step, args.max_train_steps):
+        started = time.perf_counter()
+        # 1. What the whole step shares: the position in the training grid and the control words.
+        position = draw_position(args, step)
+        branches = make_branches(args, train_sigmas, position)
+        words = [words[step % len(words)] for words in (args.positive_words, args.negative_words)]
+        weight = 1.0
+        if args.loss_weight_shift is not None:
+            weight = shift_sigmas(position / args.timestep_length, args.loss_weight_shift)
+
+        step_metrics = []
+        for rollout_index in range(accumulation):
+            # 2. Captions, their embeddings, and the noise they start from.
+            batch = next(batches)
+            captions, embeds = batch["captions"], batch["prompt_embeds"].to(accelerator.device, non_blocking=True)
+            samples = sampler.samples(step * accumulation + rollout_index)
+            noise = make_noise(args, step, samples, latent_shape).to(accelerator.device)
+            with accelerator.accumulate(transformer):
+                # 3. Roll out clean latents, without gradient.
+                guidance_scale = args.rollout_guidance_scale
+                x0 = rollout(velocity_fn, scheduler, noise, embeds, negative, args.sampling_steps, guidance_scale)
+                # 4. Inject noise, step, recover, decode, score.
+                loss, metrics = graded_pass(
+                    velocity_fn, vae, reward_model, x0, noise, embeds, captions, words, branches, args, weight
+                )
+                # 5. Back-propagate and update.
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    grad_norm = accelerator.clip_grad_norm_(transformer.parameters(), args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+                step_metrics.append(torch.stack(list(metrics.values())))
+
+        # 6. Log.
+        means = accelerator.reduce(torch.stack(step_metrics).mean(0), "mean").tolist()
+        seconds = time.perf_counter() - started
+        logs = {
+            **dict(zip(metrics, means, strict=True)),
+            "grad_norm": float(grad_norm),
+            "lr": lr_scheduler.get_last_lr()[0],
+            "sigma": branches[0].sigma_to,
+            "seconds": seconds,
+            "images_per_second": samples_per_step / seconds,
+            "peak_memory_gb": peak_memory_gb(accelerator.device),
+        }
+        lr_scheduler.step()
+        history.append({"step": (done := step + 1), **logs})
+        accelerator.log(logs, step=done)
+        progress_bar.update(1)
+        progress_bar.set_postfix(loss=f"{logs['loss']:.4f}", reward=f"{logs['reward_positive']:.4f}")
+        logger.debug(f"step {done}: " + ", ".join(f"{name} {value:.5g}" for name, value in logs.items()))
+
+        # 7. Images and checkpoints.
+        if validation is not None and (done % args.validation_steps == 0 or done == args.max_train_steps):
+            history.append({"step": done, "validation_reward": validate(done)})
+        if done % args.checkpointing_steps == 0:
+            save_checkpoint(accelerator, args, done, history)
+
+    progress_bar.close()
+    folder = Path(args.output_dir, args.transformer_subfolder)
+    save_transformer(accelerator, transformer, folder, weight_dtype)
+    logger.info(f"Saved {folder}")
+    if accelerator.is_main_process:
+        save_reward_curve(args.output_dir, history)
+        if validation is not None:
+            save_before_after(args.output_dir, validation.captions, (0, args.max_train_steps))
+        save_model_card(args, repo_id, history, model)
+        if args.push_to_hub:
+            upload(args, repo_id)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(parse_args())
