@@ -521,7 +521,7 @@ class HPSReward(RewardModel):
     @staticmethod
     def empty_model(architecture):
         with torch.device("meta"):
-            model = open_clip.create_model(architecture, load_weights=False)
+            model = open_clip.CLIP(**open_clip.get_model_config(architecture))
         length = model.context_length  # the causal mask is the one buffer that no checkpoint holds
         model.attn_mask = torch.full((length, length), float("-inf")).triu(1)
         return model

@@ -1,0 +1,26 @@
+# make demo   SRPO on a miniature Wan2.2, on the CPU: pictures and figures in outputs/demo
+# make test   ruff and the whole test suite
+# make clean  remove what the two made, the virtual environment too
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test clean
+
+.venv/installed: requirements.txt
+	@echo "Installing requirements.txt into .venv. This takes minutes, once."
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt "pytest>=9" "ruff>=0.17"
+	@touch $@
+
+demo: .venv/installed
+	$(BIN)/python tests/miniature/demo.py
+
+test: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf .venv outputs .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
