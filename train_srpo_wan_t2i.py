@@ -826,15 +826,15 @@ image.save("fox.png")
 ## Citation
 
 ```bibtex
-@article{{shen2025directly,
+@misc{{shen2025directlyaligningdiffusiontrajectory,
   title={{Directly Aligning the Full Diffusion Trajectory with Fine-Grained Human Preference}},
-  author={{Shen, Xiangwei and Li, Zhimin and Yang, Zhantao and Zhang, Shiyi and Zhang, Yingfang and Li, Donghao and
-    Wang, Chunyu and Lu, Qinglin and Tang, Yansong}},
-  journal={{arXiv preprint arXiv:2509.06942}}, year={{2025}}
+  author={{Xiangwei Shen and Zhimin Li and Zhantao Yang and Shiyi Zhang and Yingfang Zhang and Donghao Li and Chunyu
+    Wang and Qinglin Lu and Yansong Tang}}, year={{2025}}, eprint={{2509.06942}}, archivePrefix={{arXiv}}
 }}
 @article{{wan2025,
   title={{Wan: Open and Advanced Large-Scale Video Generative Models}},
-  author={{Team Wan}}, journal={{arXiv preprint arXiv:2503.20314}}, year={{2025}}
+  author={{Team Wan and Ang Wang and Baole Ai and Bin Wen and Chaojie Mao and Chen-Wei Xie and Di Chen and others}},
+  journal={{arXiv preprint arXiv:2503.20314}}, year={{2025}}
 }}
 ```
 """

@@ -1,0 +1,156 @@
+"""Velocity and rollout: what the transformer is asked, and that `rollout` paints what `WanPipeline` paints."""
+
+import inspect
+from functools import partial
+
+import pytest
+import torch
+
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+
+from train_srpo_wan_t2i import predict_velocity, rollout
+
+
+STEPS = 4
+MODELS = {"two experts": ("tiny_model", "transformer_2"), "one expert": ("tiny_one_expert_model", "transformer")}
+
+
+def draw(seed, *shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+PROMPT_EMBEDS, NEGATIVE_PROMPT_EMBEDS = draw(1, 2, 16, 16), draw(2, 2, 16, 16)
+
+
+@pytest.fixture(scope="module")
+def transformer(tiny_model):
+    return WanTransformer3DModel.from_pretrained(tiny_model, subfolder="transformer_2")
+
+
+@pytest.fixture
+def calls(transformer):
+    """What the transformer was called with: a list that grows, of dicts of its arguments by name."""
+    calls, signature = [], inspect.signature(transformer.forward)
+
+    def record(module, args, kwargs):
+        calls.append(signature.bind(*args, **kwargs).arguments)
+
+    hook = transformer.register_forward_pre_hook(record, with_kwargs=True)
+    yield calls
+    hook.remove()
+
+
+# ---- The rollout. ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("guidance_scale", [3.0, 1.0])
+@pytest.mark.parametrize("fixture, expert", MODELS.values(), ids=MODELS.keys())
+def test_rollout_paints_the_latents_of_the_pipeline(request, fixture, expert, guidance_scale):
+    folder = request.getfixturevalue(fixture)
+    transformer = WanTransformer3DModel.from_pretrained(folder, subfolder=expert)
+    vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae")
+    scale, alone = vae.config.scale_factor_spatial, fixture == "tiny_one_expert_model"
+    noise = draw(0, 2, 4, 1, 64 // scale, 96 // scale)
+    # Euler's first timestep is exactly 1000, which `boundary_ratio=1.0` still gives to `transformer`: so the expert is
+    # passed as the only transformer, without a boundary.
+    pipeline = WanPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        transformer=transformer,
+        expand_timesteps=alone,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    expected = pipeline(
+        prompt_embeds=PROMPT_EMBEDS,
+        negative_prompt_embeds=NEGATIVE_PROMPT_EMBEDS,
+        latents=noise,
+        height=64,
+        width=96,
+        num_frames=1,
+        num_inference_steps=STEPS,
+        guidance_scale=guidance_scale,
+        output_type="latent",
+    ).frames
+
+    tokens = noise[0, 0].numel() // 4 if alone else None
+    velocity_fn = partial(predict_velocity, transformer, tokens_per_sample=tokens)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    found = rollout(velocity_fn, scheduler, noise, PROMPT_EMBEDS, NEGATIVE_PROMPT_EMBEDS, STEPS, guidance_scale)
+    assert (expected - noise).abs().max() > 0.1
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "guidance_scale, batch", [(1.0, 2), (3.0, 4)], ids=["without guidance", "both halves of guidance"]
+)
+def test_rollout_calls_the_transformer_once_a_step(transformer, calls, guidance_scale, batch):
+    rollout(
+        partial(predict_velocity, transformer),
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        draw(0, 2, 4, 1, 4, 6),
+        PROMPT_EMBEDS,
+        NEGATIVE_PROMPT_EMBEDS,
+        STEPS,
+        guidance_scale,
+    )
+    assert [len(call["hidden_states"]) for call in calls] == [batch] * STEPS
+    assert [len(call["encoder_hidden_states"]) for call in calls] == [batch] * STEPS
+
+
+def test_rollouts_repeat_and_carry_no_gradient(transformer):
+    """The scheduler starts over with every rollout."""
+    velocity_fn, scheduler = partial(predict_velocity, transformer), FlowMatchEulerDiscreteScheduler(shift=3.0)
+    inputs = draw(0, 2, 4, 1, 4, 6), PROMPT_EMBEDS, NEGATIVE_PROMPT_EMBEDS, STEPS, 3.0
+    first, second = (rollout(velocity_fn, scheduler, *inputs) for _ in range(2))
+    assert torch.equal(first, second)
+    assert first.dtype == torch.float32
+    assert not first.requires_grad
+
+
+def test_rollout_leaves_the_noise_as_it_is(transformer):
+    """The graded step injects the same noise again."""
+    noise = draw(0, 2, 4, 1, 4, 6)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    rollout(partial(predict_velocity, transformer), scheduler, noise, PROMPT_EMBEDS, PROMPT_EMBEDS, STEPS, 1.0)
+    assert torch.equal(noise, draw(0, 2, 4, 1, 4, 6))
+
+
+# ---- The velocity. --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "sigma, expected",
+    [
+        (0.6747998, [674.7998, 674.7998]),
+        (torch.tensor(0.6747998), [674.7998, 674.7998]),
+        (torch.tensor([0.6747998, 0.375]), [674.7998, 375.0]),
+    ],
+    ids=["float", "0-d tensor", "one per sample"],
+)
+def test_timestep_is_1000_sigma_and_not_truncated(transformer, calls, sigma, expected):
+    predict_velocity(transformer, draw(0, 2, 4, 1, 4, 6), sigma, PROMPT_EMBEDS)
+    assert calls[0]["timestep"].dtype == torch.float32
+    torch.testing.assert_close(calls[0]["timestep"], torch.tensor(expected))
+
+
+def test_timestep_is_repeated_for_every_token_of_models_that_expand_timesteps(transformer, calls):
+    latents = draw(0, 2, 4, 1, 4, 6)
+    predict_velocity(transformer, latents, torch.tensor([0.6747998, 0.375]), PROMPT_EMBEDS, tokens_per_sample=6)
+    torch.testing.assert_close(calls[0]["timestep"], torch.tensor([[674.7998] * 6, [375.0] * 6]))
+
+
+def test_a_timestep_per_token_gives_the_velocity_of_a_timestep_per_sample(transformer):
+    latents = draw(0, 2, 4, 1, 4, 6)
+    per_sample = predict_velocity(transformer, latents, 0.5, PROMPT_EMBEDS)
+    per_token = predict_velocity(transformer, latents, 0.5, PROMPT_EMBEDS, tokens_per_sample=6)
+    torch.testing.assert_close(per_token, per_sample, rtol=0, atol=1e-5)
+
+
+def test_velocity_is_float32_whatever_the_transformer_computes_in(transformer):
+    half = WanTransformer3DModel.from_config(transformer.config).to(torch.bfloat16)
+    latents = draw(0, 2, 4, 1, 4, 6)
+    velocity = predict_velocity(half, latents, 0.5, PROMPT_EMBEDS.to(torch.bfloat16))
+    assert velocity.dtype == torch.float32
+    assert velocity.shape == latents.shape

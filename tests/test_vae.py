@@ -1,0 +1,122 @@
+"""Latents to pixels: `decode_latents` is `AutoencoderKLWan.decode` for single images, with a gradient that fits."""
+
+import pytest
+import torch
+
+from diffusers import AutoencoderKLWan
+
+from train_srpo_wan_t2i import decode_latents
+
+
+KINDS = {"Wan2.1 and Wan2.2-A14B": ("tiny_model", 8), "Wan2.2-5B": ("tiny_one_expert_model", 16)}
+
+
+@pytest.fixture(params=KINDS.values(), ids=KINDS.keys())
+def vae_and_scale(request):
+    """A random VAE of each kind, frozen, and the number of pixels to a latent."""
+    fixture, scale = request.param
+    folder = request.getfixturevalue(fixture)
+    return AutoencoderKLWan.from_pretrained(folder, subfolder="vae").requires_grad_(False), scale
+
+
+@pytest.fixture
+def vae(vae_and_scale):
+    return vae_and_scale[0]
+
+
+def latents(requires_grad=False):
+    """Normalised latents (2, 4, 1, 4, 6), not square."""
+    return torch.randn(2, 4, 1, 4, 6, generator=torch.Generator().manual_seed(0)).requires_grad_(requires_grad)
+
+
+def reference_pixels(vae, latents):
+    """What `WanPipeline` does after its last step, image by image: (B, 3, H, W) in [0, 1]."""
+    mean, std = torch.tensor([0.1, -0.2, 0.3, -0.4]), torch.tensor([1.5, 0.5, 2.0, 1.25])
+    images = [
+        vae.decode(sample[None] * std.view(1, 4, 1, 1, 1) + mean.view(1, 4, 1, 1, 1)).sample for sample in latents
+    ]
+    return torch.cat(images)[:, :, 0] / 2 + 0.5
+
+
+def widen(vae, factor):
+    """Makes the random decoder, whose output is small, reach beyond [-1, 1]."""
+    vae.decoder.conv_out.weight.data *= factor
+    return vae
+
+
+def test_pixels_equal_those_of_the_vae(vae):
+    pixels, _ = decode_latents(vae, latents())
+    torch.testing.assert_close(pixels, reference_pixels(vae, latents()), rtol=0, atol=1e-5)
+
+
+def test_gradient_equals_that_of_the_vae(vae):
+    ours, theirs = latents(requires_grad=True), latents(requires_grad=True)
+    weight = torch.randn(decode_latents(vae, latents())[0].shape, generator=torch.Generator().manual_seed(1))
+    (decode_latents(vae, ours)[0] * weight).sum().backward()
+    (reference_pixels(vae, theirs) * weight).sum().backward()
+    assert theirs.grad.abs().max() > 1e-2
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_shape_and_type_of_pixels(vae_and_scale):
+    vae, scale = vae_and_scale
+    pixels, _ = decode_latents(vae.to(torch.bfloat16), latents())
+    assert pixels.shape == (2, 3, 4 * scale, 6 * scale)
+    assert pixels.dtype == torch.float32
+
+
+@pytest.mark.parametrize("factor", [1, 1000])
+def test_pixels_lie_between_0_and_1(vae, factor):
+    pixels, _ = decode_latents(widen(vae, factor), latents())
+    assert 0 <= pixels.min() < pixels.max() <= 1
+
+
+def test_nothing_is_saturated_inside_the_range(vae):
+    assert decode_latents(vae, latents())[1] == 0
+
+
+def test_saturated_is_the_share_of_clamped_values(vae):
+    widen(vae, 20)
+    pixels, saturated = decode_latents(vae, latents())
+    clamped = (reference_pixels(vae, latents()) == 0) | (reference_pixels(vae, latents()) == 1)
+    assert 0.05 < saturated < 0.95
+    assert saturated.item() == pytest.approx(clamped.float().mean().item(), abs=1e-3)
+    assert ((pixels == 0) | (pixels == 1)).float().mean().item() == pytest.approx(saturated.item())
+
+
+def test_saturated_pixels_carry_no_gradient(vae):
+    widen(vae, 1e9)
+    noisy = latents(requires_grad=True)
+    pixels, saturated = decode_latents(vae, noisy)
+    pixels.sum().backward()
+    assert saturated == 1
+    assert noisy.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("requires_grad, calls", [(True, 2), (False, 1)], ids=["with gradient", "without gradient"])
+def test_decoder_blocks_are_recomputed_only_where_gradients_flow(vae, requires_grad, calls):
+    blocks = [vae.decoder.mid_block, *vae.decoder.up_blocks]
+    counts = [0] * len(blocks)
+
+    def count(index):
+        def hook(*_):
+            counts[index] += 1
+
+        return hook
+
+    for index, block in enumerate(blocks):
+        block.register_forward_pre_hook(count(index))
+    pixels, _ = decode_latents(vae, latents(requires_grad))
+    assert counts == [1] * 5
+    if requires_grad:
+        pixels.sum().backward()
+    assert counts == [calls] * 5
+
+
+def test_checkpointing_keeps_the_gradient(vae):
+    """Nothing that the decoder remembers between calls may leak into the recomputation."""
+    first, second = latents(requires_grad=True), latents(requires_grad=True)
+    decode_latents(vae, first)[0].sum().backward()
+    vae.decode(torch.randn(1, 4, 1, 4, 4))
+    decode_latents(vae, second)[0].sum().backward()
+    assert torch.equal(first.grad, second.grad)
