@@ -1,6 +1,8 @@
 """What test files share: random models of real classes at tiny sizes, and captions embedded with one of them."""
 
+import logging
 import os
+from pathlib import Path
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything that reads it is imported
@@ -8,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests st
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -24,9 +27,28 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 
 torch.set_num_threads(1)  # tensors are tiny, and results must not depend on the machine
 
+MINIATURE = Path(__file__).parent / "miniature"
 WORDS = ["a", "red", "blue", "cat", "dog", "boat", "on"]  # one token each; a prompt ends with one more, </s>
 CAPTIONS = ["a red cat", "a blue dog", "a boat", "a red boat on a blue cat", "a cat on a boat", "a dog"]
 LATENTS_MEAN, LATENTS_STD = [0.1, -0.2, 0.3, -0.4], [1.5, 0.5, 2.0, 1.25]
+
+
+def run_in_process(*flags, mixed_precision="no"):
+    """Runs the training script in this process, as `accelerate launch` with accelerate_configs/cpu.yaml would."""
+    from train_srpo_wan_t2i import main, parse_args
+
+    handlers = list(logging.getLogger().handlers)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        patch.setenv("ACCELERATE_MIXED_PRECISION", mixed_precision)
+        AcceleratorState._reset_state(reset_partial_state=True)  # of whatever ran in this process before
+        try:
+            main(parse_args([str(flag) for flag in flags]))
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
+            for handler in set(logging.getLogger().handlers) - set(handlers):
+                logging.getLogger().removeHandler(handler)
+                handler.close()
 
 
 def make_text_encoder():
@@ -130,16 +152,25 @@ def tiny_reward(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def tiny_dataset(tiny_model, tmp_path_factory):
-    """Folder that `embed_prompts.py` wrote: the six `CAPTIONS`, embedded by `tiny_model` with 16 tokens at most."""
+def embed(tmp_path_factory):
+    """Function: a model and captions -> the folder of the dataset that `embed_prompts.py` makes of them."""
     import embed_prompts
 
-    folder = tmp_path_factory.mktemp("tiny_dataset")
-    captions, output = folder / "captions.txt", folder / "embeddings"
-    captions.write_text("\n".join(CAPTIONS) + "\n")
-    paths = ["--pretrained_model_name_or_path", tiny_model, "--prompts", captions, "--output_dir", output]
-    embed_prompts.main(embed_prompts.parse_args([*map(str, paths), "--max_sequence_length", "16"]))
-    return output
+    def run(model, captions):
+        folder = tmp_path_factory.mktemp("embed")
+        (folder / "captions.txt").write_text("\n".join(captions))
+        paths = ["--pretrained_model_name_or_path", model, "--prompts", folder / "captions.txt"]
+        flags = [*paths, "--output_dir", folder / "embeddings", "--max_sequence_length", "16"]
+        embed_prompts.main(embed_prompts.parse_args([str(flag) for flag in flags]))
+        return folder / "embeddings"
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(embed, tiny_model):
+    """Folder that `embed_prompts.py` wrote: the six `CAPTIONS`, embedded by `tiny_model` with 16 tokens at most."""
+    return embed(tiny_model, CAPTIONS)
 
 
 @pytest.fixture(scope="session")
