@@ -383,6 +383,7 @@ def main(args):
         size = sum(file.stat().st_size for file in output_dir.rglob("*") if file.is_file())
         logger.info("***** Embedded prompts *****")
         logger.info(f"  Num captions = {len(captions)} ({num_duplicates} duplicates dropped)")
+        logger.info(f"  Num processes = {accelerator.num_processes}")
         logger.info(f"  Num truncated = {num_truncated}")
         logger.info(f"  Dataset = {args.output_dir} ({size / 1e6:.1f} MB)")
         logger.info(

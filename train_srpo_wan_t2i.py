@@ -50,7 +50,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import datasets
-import matplotlib
+import huggingface_hub
 import numpy as np
 import open_clip
 import torch
@@ -59,22 +59,8 @@ import torchvision.transforms.v2.functional as TF
 import transformers
 from accelerate import Accelerator, DistributedType
 from accelerate.logging import get_logger
-from accelerate.utils import (
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-    broadcast_object_list,
-    gather_object,
-    set_seed,
-)
-from huggingface_hub import (
-    ModelCard,
-    ModelCardData,
-    create_repo,
-    get_token,
-    hf_hub_download,
-    save_torch_state_dict,
-    upload_folder,
-)
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list, gather_object
+from matplotlib.figure import Figure
 from PIL import Image
 from safetensors import safe_open
 from torch.utils.checkpoint import checkpoint
@@ -93,10 +79,6 @@ from diffusers import (
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, check_min_version
-
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 
 # Will error if the minimal version of diffusers is not installed. Remove at your own risks.
@@ -246,12 +228,6 @@ class Branch(NamedTuple):
     sigma_from: float
     sigma_to: float
     discount: float
-
-
-def draw_position(args, step):
-    """The position in the training grid of a step, the same on every process."""
-    first, last = POSITION_MARGIN, args.timestep_length - POSITION_MARGIN
-    return torch.randint(first, last + 1, (), generator=make_generator(args.seed, POSITION, step)).item()
 
 
 def make_branches(args, train_sigmas, position):
@@ -635,20 +611,19 @@ class ValidationSet(NamedTuple):
 
 
 @torch.no_grad()
-def log_validation(accelerator, pipeline, reward_model, validation, args, step):
+def paint_validation(accelerator, pipeline, reward_model, validation, args):
     """
-    Paints every validation prompt, each process its share, scores the images and hands them to the trackers and to
-    `images/step-N/` in the output folder.
+    Paints this process's share of the validation prompts and scores the images.
 
     Returns:
-        The mean reward of the images for their plain captions, a `float`, on every process.
+        A list of (number of the prompt, pixels of shape (H, W, 3) uint8, reward, relative reward): the reward for the
+        plain caption, and that with the positive control words minus that with the negative ones.
     """
-    logger.info(f"Running validation at step {step}: {len(validation.captions)} images.")
     count, processes = len(validation.captions), accelerator.num_processes
     # Under ZeRO-3 all processes call the transformer equally often, so the shares are filled up with repeats.
     mine = [index % count for index in range(accelerator.process_index, -(-count // processes) * processes, processes)]
-    channels, scale = pipeline.transformer.config.in_channels, pipeline.vae_scale_factor_spatial
-    shape = (channels, 1, args.validation_size // scale, args.validation_size // scale)
+    size, factor = args.validation_size, pipeline.vae_scale_factor_spatial
+    shape = (pipeline.transformer.config.in_channels, 1, size // factor, size // factor)
     painted = []
     for start in range(0, len(mine), args.train_batch_size):
         indices = mine[start : start + args.train_batch_size]
@@ -657,81 +632,95 @@ def log_validation(accelerator, pipeline, reward_model, validation, args, step):
             prompt_embeds=validation.prompt_embeds[indices].to(accelerator.device),
             negative_prompt_embeds=validation.negative_prompt_embeds.repeat(len(indices), 1, 1).to(accelerator.device),
             latents=torch.stack(noise).to(accelerator.device),
-            height=args.validation_size,
-            width=args.validation_size,
+            height=size,
+            width=size,
             num_frames=1,
             num_inference_steps=args.num_inference_steps,
             guidance_scale=args.validation_guidance_scale,
             output_type="pt",
         ).frames[:, 0]
-        rewards = reward_model.score(images.float(), [validation.captions[index] for index in indices])
+        captions = [validation.captions[index] for index in indices]
+        features = reward_model.encode_images(images.float())
+        positive, negative = (
+            torch.stack([reward_model.encode_texts([f"{word}. {caption}" for caption in captions]) for word in words])
+            for words in (args.positive_words, args.negative_words)
+        )
+        rewards = reward_model.scale * (features * reward_model.encode_texts(captions)).sum(-1)
+        relative = reward_model.scale * srp_score(features, positive.mean(0), negative.mean(0), discount=0.0)
         pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        painted += zip(indices, pixels, rewards.tolist(), strict=True)
+        painted += zip(indices, pixels, rewards.tolist(), relative.tolist(), strict=True)
+    return painted
 
-    results = {index: (pixels, reward) for index, pixels, reward in gather_object(painted)}
-    rewards = [results[index][1] for index in range(count)]
+
+def log_validation(accelerator, pipeline, reward_model, validation, args, step):
+    """
+    Paints and scores all validation prompts; images and scores go to the trackers and to `images/step-N/`.
+
+    Returns:
+        {"validation_reward": `float`, "validation_relative": `float`}, means over the images, on every process.
+    """
+    logger.info(f"Running validation at step {step}: {len(validation.captions)} images.")
+    painted = gather_object(paint_validation(accelerator, pipeline, reward_model, validation, args))
+    results = {index: result for index, *result in painted}  # repeats fall away
+    images, rewards, relative = zip(*(results[index] for index in sorted(results)), strict=True)
     if accelerator.is_main_process:
         folder = Path(args.output_dir, "images", f"step-{step}")
         folder.mkdir(parents=True, exist_ok=True)
-        for index, caption in enumerate(validation.captions):
-            Image.fromarray(results[index][0]).save(validation_image_path(args.output_dir, step, index, caption))
-        (folder / "rewards.json").write_text(json.dumps(rewards))
-        images = np.stack([results[index][0] for index in range(count)])
+        slugs = [re.sub(r"\W+", "-", caption.lower()).strip("-")[:48] for caption in validation.captions]
+        names = [f"{index:03d}-{slug}.png" for index, slug in enumerate(slugs)]
+        for name, image in zip(names, images, strict=True):
+            Image.fromarray(image).save(folder / name)
+        rows = zip(validation.captions, names, rewards, relative, strict=True)
+        scores = [dict(zip(("caption", "image", "reward", "relative"), row, strict=True)) for row in rows]
+        (folder / "scores.json").write_text(json.dumps(scores, indent=1))
         for tracker in accelerator.trackers:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             if hasattr(tracker, "log_images"):
-                tracker.log_images({"validation": images}, step=step, **layout)
+                tracker.log_images({"validation": np.stack(images)}, step=step, **layout)
     accelerator.wait_for_everyone()
-    reward = sum(rewards) / count
-    accelerator.log({"validation_reward": reward}, step=step)
-    return reward
+    logs = {"validation_reward": np.mean(rewards).item(), "validation_relative": np.mean(relative).item()}
+    accelerator.log(logs, step=step)
+    return logs
 
 
-def validation_image_path(output_dir, step, index, caption):
-    """Where the image of a validation prompt lies: its number and the beginning of its caption."""
-    slug = re.sub(r"\W+", "-", caption.lower()).strip("-")[:48]
-    return Path(output_dir, "images", f"step-{step}", f"{index:03d}-{slug}.png")
-
-
-def save_before_after(output_dir, captions, steps, columns=8):
+def save_before_after(output_dir, steps, columns=8):
     """`before_after.png`: the first validation images of two steps, one above the other, with their rewards."""
-    captions = captions[:columns]
-    figure, axes = plt.subplots(2, len(captions), figsize=(2.4 * len(captions), 5.6), squeeze=False)
-    for row, step in zip(axes, steps, strict=True):
-        rewards = json.loads(Path(output_dir, "images", f"step-{step}", "rewards.json").read_text())
-        for index, (axis, caption) in enumerate(zip(row, captions, strict=True)):
-            axis.imshow(Image.open(validation_image_path(output_dir, step, index, caption)))
-            axis.set_xlabel(f"reward {rewards[index]:.3f}", fontsize=8)
-            axis.set_xticks([])
-            axis.set_yticks([])
+    folders = [Path(output_dir, "images", f"step-{step}") for step in steps]
+    scores = [json.loads((folder / "scores.json").read_text())[:columns] for folder in folders]
+    figure = Figure(figsize=(2.4 * len(scores[0]), 5.8), layout="tight")
+    axes = figure.subplots(2, len(scores[0]), squeeze=False)
+    for row, step, folder, images in zip(axes, steps, folders, scores, strict=True):
+        for axis, image in zip(row, images, strict=True):
+            axis.imshow(Image.open(folder / image["image"]))
+            axis.set_xlabel(f"reward {image['reward']:.3f}\nrelative {image['relative']:+.3f}", fontsize=8)
+            axis.set(xticks=[], yticks=[])
             if step == steps[0]:
-                axis.set_title("\n".join(re.findall(r".{1,26}(?:\s|$)", caption)[:3]), fontsize=8)
+                axis.set_title("\n".join(re.findall(r".{1,26}(?:\s|$)", image["caption"])[:3]), fontsize=8)
         row[0].set_ylabel(f"step {step}")
-    figure.tight_layout()
     figure.savefig(Path(output_dir, "before_after.png"), dpi=120)
-    plt.close(figure)
 
 
 def save_reward_curve(output_dir, history):
     """`reward.png`: rewards and scores of the training samples by step, and the reward of the validation images."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-    for name in ("reward_positive", "reward_negative"):
-        rows = [row for row in history if name in row]
-        left.plot([row["step"] for row in rows], [row[name] for row in rows], label=name.replace("_", ", "), alpha=0.8)
-    rows = [row for row in history if "validation_reward" in row]
-    left.plot([row["step"] for row in rows], [row["validation_reward"] for row in rows], "ko-", label="validation")
-    for name in ("score_denoise", "score_inversion"):
-        rows = [row for row in history if name in row]
+    figure = Figure(figsize=(11, 4), layout="tight")
+    left, right = figure.subplots(1, 2)
+    for axis, name, style in (
+        (left, "reward_positive", "-"),
+        (left, "reward_negative", "-"),
+        (left, "validation_reward", "ko-"),
+        (right, "score_denoise", "-"),
+        (right, "score_inversion", "-"),
+        (right, "validation_relative", "ko-"),
+    ):
+        rows = [(row["step"], row[name]) for row in history if name in row]
         if rows:
-            right.plot([row["step"] for row in rows], [row[name] for row in rows], label=name.replace("_", ", "))
+            axis.plot(*zip(*rows, strict=True), style, label=name.replace("_", ", "), alpha=0.8)
     for axis, title in ((left, "Reward"), (right, "Relative score")):
         axis.set_title(title)
         axis.set_xlabel("update")
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.tight_layout()
     figure.savefig(Path(output_dir, "reward.png"), dpi=120)
-    plt.close(figure)
 
 
 # ---- What a run leaves behind: checkpoints, the model, its card. ----------------------------------------------------
@@ -784,7 +773,7 @@ def save_transformer(accelerator, transformer, folder, dtype):
     state_dict = accelerator.get_state_dict(transformer)
     if accelerator.is_main_process:
         accelerator.unwrap_model(transformer).save_config(folder)
-        save_torch_state_dict(
+        huggingface_hub.save_torch_state_dict(
             {name: tensor.to(dtype) for name, tensor in state_dict.items()},
             folder,
             filename_pattern=SAFETENSORS_WEIGHTS_NAME.replace(".safetensors", "{suffix}.safetensors"),
@@ -843,7 +832,7 @@ image.save("fox.png")
 def save_model_card(args, repo_id, history, model):
     """Writes the `README.md` of the output folder: what it is, how to use it, how it was made."""
     expert = args.transformer_subfolder
-    validation = [row["validation_reward"] for row in history if "validation_reward" in row]
+    validation = [row["validation_relative"] for row in history if "validation_relative" in row]
     settings = {
         name: " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
         for name, value in sorted(vars(args).items())
@@ -857,7 +846,7 @@ def save_model_card(args, repo_id, history, model):
         else f"{expert}=expert",
         reward_model=args.reward_model,
         updates=args.max_train_steps,
-        rewards=f", validation reward {validation[0]:.4f} -> {validation[-1]:.4f}" if validation else "",
+        rewards=f", relative reward {validation[0]:.4f} -> {validation[-1]:.4f}" if validation else "",
         images="![Validation images before and after training](before_after.png)\n" if validation else "",
         repo_id=repo_id,
         size=args.validation_size,
@@ -866,21 +855,21 @@ def save_model_card(args, repo_id, history, model):
         max_sequence_length=args.max_sequence_length,
         settings="\n".join(f"| `--{name}` | {value} |" for name, value in settings.items()),
     )
-    data = ModelCardData(
+    data = huggingface_hub.ModelCardData(
         base_model=args.pretrained_model_name_or_path,
         library_name="diffusers",
         license="apache-2.0",
         pipeline_tag="text-to-image",
         tags=["text-to-image", "diffusers", "wan", "srpo"],
     )
-    ModelCard(f"---\n{data.to_yaml()}\n---\n{content}").save(Path(args.output_dir, "README.md"))
+    huggingface_hub.ModelCard(f"---\n{data.to_yaml()}\n---\n{content}").save(Path(args.output_dir, "README.md"))
 
 
 def upload(args, repo_id):
     """Uploads the output folder without its checkpoints. If that fails, the folder is whole and a message says how."""
-    ignored = ["checkpoint-*", "logs/*"]
+    ignored = ["checkpoint-*", f"{args.logging_dir}/*"]
     try:
-        upload_folder(
+        huggingface_hub.upload_folder(
             repo_id=repo_id,
             folder_path=args.output_dir,
             commit_message="End of training",
@@ -1022,7 +1011,7 @@ def check_values(args, error):
         error(f"`--groundtruth_ratio` must be between 0 and 1, but is {args.groundtruth_ratio}.")
     if args.seed < 0:
         error(f"`--seed` must not be negative, but is {args.seed}.")
-    if args.push_to_hub and not (args.hub_token or get_token()):
+    if args.push_to_hub and not (args.hub_token or huggingface_hub.get_token()):
         error("`--push_to_hub` needs a token: run `hf auth login` or pass `--hub_token`.")
 
 
@@ -1076,6 +1065,8 @@ def read_model_info(args):
             f"`{path}` has {'two experts' if two_experts else 'no `transformer_2`, only one expert'}: train it with "
             f"`--transformer_subfolder {'transformer_2' if two_experts else 'transformer'}`."
         )
+    if two_experts and index.get("boundary_ratio") is None:
+        raise ValueError(f"`--pretrained_model_name_or_path {path}` has no `boundary_ratio` in its model_index.json.")
     with blame(f"`--pretrained_model_name_or_path {path}` lacks the model in `{expert}`"), torch.device("meta"):
         config = WanTransformer3DModel.load_config(**source, subfolder=expert)
         transformer = WanTransformer3DModel.from_config(config)
@@ -1167,7 +1158,8 @@ def check_reward(args):
     missing or of another architecture.
     """
     if args.reward_model == "HPS":
-        args.reward_model_path = path = args.reward_model_path or hf_hub_download(HPS_REPOSITORY, HPS_FILE)
+        path = args.reward_model_path or huggingface_hub.hf_hub_download(HPS_REPOSITORY, HPS_FILE)
+        args.reward_model_path = path
         if not Path(path).is_file():
             download = f"hf download {HPS_REPOSITORY} {HPS_FILE} --local-dir ."
             raise ValueError(f"`--reward_model_path {path}` is not a file. Download it with `{download}`.")
@@ -1184,8 +1176,8 @@ def check_reward(args):
             )
         return
     if args.reward_model == "PickScore":
-        args.reward_model_path = args.reward_model_path or PICKSCORE_REPOSITORY
         args.reward_processor_path = args.reward_processor_path or PICKSCORE_PROCESSOR
+        args.reward_model_path = args.reward_model_path or PICKSCORE_REPOSITORY
     path = args.reward_model_path
     if path is None:
         raise ValueError("`--reward_model CLIP` needs `--reward_model_path`, the folder or Hub id of a CLIPModel.")
@@ -1194,6 +1186,8 @@ def check_reward(args):
         kind = AutoConfig.from_pretrained(path).model_type
     if kind != "clip":
         raise ValueError(f"`--reward_model_path {path}` is of type `{kind}`; {args.reward_model} needs type `clip`.")
+    with blame(f"`--reward_processor_path {args.reward_processor_path}` is not the folder or Hub id of a processor"):
+        CLIPProcessor.from_pretrained(args.reward_processor_path)
 
 
 def check_output_dir(args):
@@ -1231,17 +1225,19 @@ def check_inputs(args):
 # ---- The run. -------------------------------------------------------------------------------------------------------
 def make_accelerator(args):
     """The [`Accelerator`] of the run, with DeepSpeed's settings filled in from the script's flags."""
-    # DeepSpeed runs on CPUs too, but only if told not to look for NCCL.
-    needs_gloo = "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
+    on_cpu = not torch.accelerator.is_available()
+    uses_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     accelerator = Accelerator(
+        cpu=on_cpu and not uses_deepspeed,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))),
         step_scheduler_with_optimizer=False,  # the learning rate follows updates, not updates times processes
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if needs_gloo else None,
+        # DeepSpeed runs on CPUs too, but only if told not to look for NCCL.
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and uses_deepspeed else None,
     )
     if accelerator.mixed_precision == "fp16":
-        raise SystemExit("error: `mixed_precision: fp16` overflows in Wan's transformer. Use bf16.")
+        raise SystemExit("error: `mixed_precision: fp16` is too narrow for Wan's transformer. Use bf16.")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         # "auto" in the JSON would become 1.0, whatever `--max_grad_norm` says, and DeepSpeed does the clipping.
         config = accelerator.state.deepspeed_plugin.deepspeed_config
@@ -1321,14 +1317,15 @@ def main(args):
     logger.info(accelerator.state, main_process_only=False)
     for library in (transformers, diffusers):
         library.utils.logging.set_verbosity_error()
-    set_seed(args.seed)
+    transformers.set_seed(args.seed)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
 
     repo_id = args.hub_model_id or Path(args.output_dir).name
     if args.push_to_hub and accelerator.is_main_process:
-        repo_id = create_repo(repo_id, exist_ok=True, private=args.hub_private_repo, token=args.hub_token).repo_id
+        options = {"private": args.hub_private_repo, "token": args.hub_token, "exist_ok": True}
+        repo_id = huggingface_hub.create_repo(repo_id, **options).repo_id
 
     # Precision: DeepSpeed keeps its own float32 master weights, autocast needs the weights themselves in float32.
     weight_dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
@@ -1381,8 +1378,8 @@ def main(args):
     config = {name: str(value) for name, value in vars(args).items() if name != "hub_token"}
     accelerator.init_trackers("srpo-wan-t2i", config=config)
     history = []
-    if validation is not None and not Path(args.output_dir, "images", "step-0", "rewards.json").is_file():
-        history.append({"step": 0, "validation_reward": validate(0)})
+    if validation is not None and not Path(args.output_dir, "images", "step-0", "scores.json").is_file():
+        history.append({"step": 0, **validate(0)})
     first_step = 0
     if args.resume_from_checkpoint:
         first_step, resumed_history = load_checkpoint(accelerator, args)
@@ -1427,7 +1424,8 @@ def main(args):
     for step in range(first_step, args.max_train_steps):
         started = time.perf_counter()
         # 1. What the whole step shares: the position in the training grid and the control words.
-        position = draw_position(args, step)
+        last_position, generator = args.timestep_length - POSITION_MARGIN, make_generator(args.seed, POSITION, step)
+        position = torch.randint(POSITION_MARGIN, last_position + 1, (), generator=generator).item()
         branches = make_branches(args, train_sigmas, position)
         words = [words[step % len(words)] for words in (args.positive_words, args.negative_words)]
         weight = 1.0
@@ -1478,7 +1476,7 @@ def main(args):
 
         # 7. Images and checkpoints.
         if validation is not None and (done % args.validation_steps == 0 or done == args.max_train_steps):
-            history.append({"step": done, "validation_reward": validate(done)})
+            history.append({"step": done, **validate(done)})
         if done % args.checkpointing_steps == 0:
             save_checkpoint(accelerator, args, done, history)
 
@@ -1489,7 +1487,7 @@ def main(args):
     if accelerator.is_main_process:
         save_reward_curve(args.output_dir, history)
         if validation is not None:
-            save_before_after(args.output_dir, validation.captions, (0, args.max_train_steps))
+            save_before_after(args.output_dir, (0, args.max_train_steps))
         save_model_card(args, repo_id, history, model)
         if args.push_to_hub:
             upload(args, repo_id)

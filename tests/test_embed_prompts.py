@@ -172,9 +172,13 @@ def test_dtype_fp32_runs_the_text_encoder_in_float32(model, prompts, tmp_path):
 def test_two_processes_write_the_same_dataset_as_one(model, prompts, tmp_path):
     flags = ["--batch_size", "2"]
     one = embed(model, prompts, tmp_path / "one", *flags)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    # `--cpu --num_processes 2` would start one process unless there is MPI; this way there are two, on the CPU.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     script = [str(SCRIPT), *arguments(model, prompts, tmp_path / "two", *flags)]
-    subprocess.run([*launch, *script], check=True)
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run([*launch, *script], check=True, env=environment, capture_output=True, text=True)
+    assert "Num processes = 2" in done.stderr
     two = load_from_disk(tmp_path / "two")
     assert two["train"]["caption"] == CAPTIONS
     assert two["train"].to_dict() == one["train"].to_dict()

@@ -26,7 +26,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from diffusers import WanPipeline, WanTransformer3DModel
 
-from train_srpo_wan_t2i import VALIDATION, make_generator
+from train_srpo_wan_t2i import NEGATIVE_WORDS, POSITIVE_WORDS, VALIDATION, CLIPReward, make_generator
 
 
 ROOT = Path(__file__).parent.parent
@@ -45,6 +45,7 @@ TRAINING_SCALARS = {
     "images_per_second",
     "peak_memory_gb",
 }
+VALIDATION_SCALARS = {"validation_reward", "validation_relative"}
 MEASURED = {"seconds", "images_per_second", "peak_memory_gb"}  # what no two runs share
 
 # A tiny run of two updates without validation and events; the learning rate is large enough to see.
@@ -138,6 +139,11 @@ def repeatable(history):
     return [{name: value for name, value in row.items() if name not in MEASURED} for row in history]
 
 
+def read_scores(output_dir, step=0, name="reward"):
+    """Of every validation image of a step."""
+    return [row[name] for row in json.loads(Path(output_dir, f"images/step-{step}/scores.json").read_text())]
+
+
 def same_bits(weights, others):
     return weights.keys() == others.keys() and all(torch.equal(weights[name], others[name]) for name in weights)
 
@@ -206,16 +212,18 @@ def test_validation_images_lie_in_a_folder_for_each_step(cpu_run):
             "001-a-blue-dog.png",
             "002-a-boat.png",
             "003-a-red-boat-on-a-blue-cat.png",
-            "rewards.json",
+            "scores.json",
         ]
         assert [Image.open(path).size for path in folder.glob("*.png")] == [(32, 32)] * 4
-        rewards = json.loads((folder / "rewards.json").read_text())
-        assert len(rewards) == 4 and all(math.isfinite(reward) for reward in rewards)
+        scores = json.loads((folder / "scores.json").read_text())
+        assert [row["caption"] for row in scores] == CAPTIONS[:4]
+        assert [row["image"] for row in scores] == sorted(path.name for path in folder.glob("*.png"))
+        assert all(math.isfinite(row["reward"]) and math.isfinite(row["relative"]) for row in scores)
 
 
 def test_events_hold_every_scalar_of_every_update(cpu_run):
     events = load_events(cpu_run[0])
-    assert set(events.Tags()["scalars"]) == TRAINING_SCALARS | {"validation_reward"}
+    assert set(events.Tags()["scalars"]) == TRAINING_SCALARS | VALIDATION_SCALARS
     for name in TRAINING_SCALARS:
         rows = events.Scalars(name)
         assert [row.step for row in rows] == [1, 2, 3]
@@ -235,11 +243,25 @@ def test_logged_values_are_what_their_names_say(cpu_run):
         assert 0.1 < row["peak_memory_gb"] < 10
 
 
-def test_validation_reward_is_the_mean_of_rewards_json(cpu_run):
+def test_validation_scalars_are_the_means_of_the_scores(cpu_run):
     output_dir, _ = cpu_run
-    means = [np.mean(json.loads((output_dir / f"images/step-{step}/rewards.json").read_text())) for step in (0, 2, 3)]
-    assert [row.value for row in load_events(output_dir).Scalars("validation_reward")] == pytest.approx(means)
-    assert logged(output_dir, "validation_reward", step=3) == pytest.approx(means)
+    for scalar, name in (("validation_reward", "reward"), ("validation_relative", "relative")):
+        means = [np.mean(read_scores(output_dir, step, name)) for step in (0, 2, 3)]
+        assert [row.value for row in load_events(output_dir).Scalars(scalar)] == pytest.approx(means)
+        assert logged(output_dir, scalar, step=3) == pytest.approx(means)
+
+
+def test_scores_are_the_rewards_of_the_saved_images(cpu_run, tiny_reward):
+    reward_model = CLIPReward(tiny_reward, tiny_reward)
+    for row in json.loads((cpu_run[0] / "images/step-3/scores.json").read_text()):
+        pixels = np.asarray(Image.open(cpu_run[0] / "images/step-3" / row["image"]))
+        pixels = torch.tensor(pixels).permute(2, 0, 1)[None] / 255
+        assert reward_model.score(pixels, [row["caption"]]).item() == pytest.approx(row["reward"], abs=2e-3)
+        positive, negative = (
+            np.mean([reward_model.score(pixels, [f"{word}. {row['caption']}"]).item() for word in words])
+            for words in (POSITIVE_WORDS, NEGATIVE_WORDS)
+        )
+        assert positive - negative == pytest.approx(row["relative"], abs=2e-3)
 
 
 def test_events_hold_the_validation_images(cpu_run):
@@ -381,7 +403,7 @@ def test_the_card_names_settings_results_and_sources(cpu_run):
         "3 updates",
     ):
         assert line in text
-    rewards = logged(output_dir, "validation_reward", step=3)
+    rewards = logged(output_dir, "validation_relative", step=3)
     assert f"{rewards[0]:.4f} -> {rewards[-1]:.4f}" in text
     assert "TODO" not in text and "hub_token" not in text
 
@@ -410,7 +432,7 @@ def test_zero2_writes_what_one_process_writes(zero2_run):
         "train.log",
         "transformer_2",
     ]
-    assert set(load_events(zero2_run).Tags()["scalars"]) == TRAINING_SCALARS | {"validation_reward"}
+    assert set(load_events(zero2_run).Tags()["scalars"]) == TRAINING_SCALARS | VALIDATION_SCALARS
     assert "Total train batch size (w. parallel, distributed & accumulation) = 2" in read_log(zero2_run)
     assert [row["step"] for row in load_history(zero2_run)] == [0, 1, 2, 2]
 
@@ -730,14 +752,10 @@ def two_images(train):
     return train("--logging_dir", "events", "--report_to", "tensorboard", prompts=["a boat", "a blue boat, red"])
 
 
-def read_rewards(output_dir, step=0):
-    return json.loads(Path(output_dir, f"images/step-{step}/rewards.json").read_text())
-
-
 def test_prompts_that_are_not_captions_are_painted(two_images):
     names = sorted(path.name for path in (two_images / "images/step-2").glob("*.png"))
     assert names == ["000-a-boat.png", "001-a-blue-boat-red.png"]
-    assert len(set(read_rewards(two_images))) == 2
+    assert len(set(read_scores(two_images))) == 2
 
 
 def test_a_prompt_encoded_at_the_start_paints_what_its_caption_paints(train, embed, tiny_model, two_images):
@@ -749,7 +767,7 @@ def test_a_prompt_encoded_at_the_start_paints_what_its_caption_paints(train, emb
 
 def test_the_first_images_are_painted_before_any_update(train, two_images):
     prompts = ["a boat", "a blue boat, red"]
-    assert read_rewards(train("--learning_rate", 1, prompts=prompts)) == read_rewards(two_images)
+    assert read_scores(train("--learning_rate", 1, prompts=prompts)) == read_scores(two_images)
 
 
 def test_no_validation_prompts_turn_validation_off(plain_run):
@@ -770,7 +788,7 @@ def test_validation_size_is_the_side_of_the_images(train):
 
 def test_validation_guidance_scale_changes_the_images_and_not_training(train, two_images, plain_run):
     output_dir = train("--validation_guidance_scale", 1, prompts=["a boat", "a blue boat, red"])
-    assert read_rewards(output_dir) != read_rewards(two_images)
+    assert read_scores(output_dir) != read_scores(two_images)
     assert same_bits(load_weights(output_dir), load_weights(plain_run))
 
 

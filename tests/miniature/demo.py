@@ -25,13 +25,16 @@ from diffusers import WanPipeline, WanTransformer3DModel
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
-# Settings of the run. All others are the trainer's defaults, the published ones.
+# The denoise branch alone, drawn to the positive words twice as strongly, keeps the captions best on this model. All
+# that is not named is the trainer's default, the published settings; tests/test_method.py trains with those.
 TRAINING = f"""
     --reward_model CLIP --height 64 --width 64 --validation_size 64
-    --max_train_steps 24 --train_batch_size 16 --sampling_steps 12 --rollout_guidance_scale {GUIDANCE_SCALE}
-    --branches denoise --discount_pos 1.0 1.0 --reward_margin 1.05 --noise per_sample
-    --learning_rate 2e-5 --validation_guidance_scale {GUIDANCE_SCALE} --validation_steps 8 --checkpointing_steps 8
+    --branches denoise --discount_pos 1 1 --reward_margin 1.05 --noise per_sample
+    --max_train_steps 32 --train_batch_size 16 --learning_rate 5e-5
+    --sampling_steps 12 --rollout_guidance_scale {GUIDANCE_SCALE} --validation_guidance_scale {GUIDANCE_SCALE}
+    --validation_steps 8 --checkpointing_steps 16 --checkpoints_total_limit 1
 """
+IMAGES_PER_CAPTION = 2
 
 
 def run(*command):
@@ -41,29 +44,25 @@ def run(*command):
 
 
 @torch.no_grad()
-def paint(transformer_2, seed=0):
-    """An image of every caption by an expert alone, in a plain diffusers pipeline: (N, 64, 64, 3) uint8."""
+def judge(transformer_2):
+    """What the judge sees in images by an expert alone, painted by diffusers' own pipeline from the same noise."""
     pipeline = WanPipeline.from_pretrained(
         HERE / "model", transformer=None, transformer_2=transformer_2, boundary_ratio=1.0, dtype=torch.float32
     )
     pipeline.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(seed)
+    prompts = captions() * IMAGES_PER_CAPTION
     images = pipeline(
-        captions(),
+        prompts,
         height=64,
         width=64,
         num_frames=1,
         num_inference_steps=12,
         guidance_scale=GUIDANCE_SCALE,
-        generator=generator,
+        generator=torch.Generator().manual_seed(0),
         max_sequence_length=MAX_SEQUENCE_LENGTH,
     ).frames[:, 0]
-    return (images * 255).round().astype(np.uint8)
-
-
-def judge(images):
-    """What the judge sees in an image of every caption: {"real_style_share", "caption_accuracy"}."""
-    return {"real_style_share": style_share(images, "real"), "caption_accuracy": caption_accuracy(images, captions())}
+    images = (images * 255).round().astype(np.uint8)
+    return {"real_style_share": style_share(images, "real"), "caption_accuracy": caption_accuracy(images, prompts)}
 
 
 def main(output_dir):
@@ -87,7 +86,7 @@ def main(output_dir):
         "before": WanTransformer3DModel.from_pretrained(HERE / "model", subfolder="transformer_2"),
         "after": WanTransformer3DModel.from_pretrained(output_dir, subfolder="transformer_2"),
     }
-    verdicts = {when: judge(paint(expert)) for when, expert in experts.items()}
+    verdicts = {when: judge(expert) for when, expert in experts.items()}
     report = {
         f"{name}_{when}": verdicts[when][name]
         for name in ("real_style_share", "caption_accuracy")
