@@ -7,7 +7,6 @@ diffusers' own pipeline, and let the judge count what changed. `make demo` runs 
 
 import argparse
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -32,7 +31,7 @@ TRAINING = f"""
     --branches denoise --discount_pos 1 1 --reward_margin 1.05 --noise per_sample
     --max_train_steps 32 --train_batch_size 16 --learning_rate 5e-5
     --sampling_steps 12 --rollout_guidance_scale {GUIDANCE_SCALE} --validation_guidance_scale {GUIDANCE_SCALE}
-    --validation_steps 8 --checkpointing_steps 16 --checkpoints_total_limit 1
+    --validation_steps 16 --checkpointing_steps 16 --checkpoints_total_limit 1
 """
 IMAGES_PER_CAPTION = 2
 
@@ -73,7 +72,7 @@ def main(output_dir):
     run("embed_prompts.py", *base, "--prompts", prompts, "--output_dir", embeddings, "--overwrite_output_dir")
 
     launch = ["-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu.yaml"]
-    launch += ["--num_cpu_threads_per_process", os.cpu_count()]
+    launch += ["--num_cpu_threads_per_process", 1]  # two would wait for each other on a busy machine
     data = ["--dataset_name", embeddings, "--reward_model_path", HERE / "reward"]
     started = time.perf_counter()
     output = ["--output_dir", output_dir, "--overwrite_output_dir"]
