@@ -85,6 +85,7 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, check_min_version
 check_min_version("0.40.0")
 
 logger = get_logger(__name__)
+TRACKER_NAME = "srpo-wan-t2i"
 LOG_FORMAT = "%(asctime)s - %(levelname)s - %(name)s - %(message)s"
 
 # The control words of the published run, fastvideo/SRPO.py of the SRPO repository.
@@ -333,6 +334,8 @@ def collate_fn(examples, max_sequence_length, dtype):
 # ---- The transformer: velocity and rollout. -------------------------------------------------------------------------
 def predict_velocity(transformer, latents, sigma, prompt_embeds, tokens_per_sample=None):
     """
+    One forward pass of the transformer.
+
     Args:
         transformer: a [`WanTransformer3DModel`], bare or prepared by Accelerate.
         latents (`torch.Tensor` of shape (B, C, T, H, W)): noisy latents.
@@ -1158,16 +1161,16 @@ def check_reward(args):
     missing or of another architecture.
     """
     if args.reward_model == "HPS":
-        path = args.reward_model_path or huggingface_hub.hf_hub_download(HPS_REPOSITORY, HPS_FILE)
+        with blame(f"Without `--reward_model_path`, {HPS_FILE} is needed from the Hub, which failed"):
+            path = args.reward_model_path or huggingface_hub.hf_hub_download(HPS_REPOSITORY, HPS_FILE)
         args.reward_model_path = path
         if not Path(path).is_file():
             download = f"hf download {HPS_REPOSITORY} {HPS_FILE} --local-dir ."
             raise ValueError(f"`--reward_model_path {path}` is not a file. Download it with `{download}`.")
         with blame(f"`--reward_model_path {path}` is not a checkpoint with a `state_dict`"):
             found = {name: tensor.shape for name, tensor in HPSReward.read_weights(path).items()}
-        expected = {
-            name: tensor.shape for name, tensor in HPSReward.empty_model(HPS_ARCHITECTURE).state_dict().items()
-        }
+        model = HPSReward.empty_model(HPS_ARCHITECTURE)
+        expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
         different = [name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]
         if different:
             raise ValueError(
@@ -1255,10 +1258,9 @@ def prepare_output_dir(accelerator, args):
     output = Path(args.output_dir)
     if accelerator.is_main_process:
         if args.overwrite_output_dir and not args.resume_from_checkpoint:
-            for name in (args.transformer_subfolder, "images", args.logging_dir):
-                shutil.rmtree(output / name, ignore_errors=True)
-            for folder in output.glob("checkpoint-*"):
-                shutil.rmtree(folder)
+            events = Path(args.logging_dir, TRACKER_NAME)
+            for folder in [args.transformer_subfolder, "images", events, *output.glob("checkpoint-*")]:
+                shutil.rmtree(output / folder, ignore_errors=True)
             for name in ("README.md", "train.log", "reward.png", "before_after.png"):
                 (output / name).unlink(missing_ok=True)
         output.mkdir(parents=True, exist_ok=True)
@@ -1376,7 +1378,7 @@ def main(args):
     validate = partial(log_validation, accelerator, pipeline, reward_model, validation, args)
 
     config = {name: str(value) for name, value in vars(args).items() if name != "hub_token"}
-    accelerator.init_trackers("srpo-wan-t2i", config=config)
+    accelerator.init_trackers(TRACKER_NAME, config=config)
     history = []
     if validation is not None and not Path(args.output_dir, "images", "step-0", "scores.json").is_file():
         history.append({"step": 0, **validate(0)})
