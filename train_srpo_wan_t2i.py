@@ -28,9 +28,9 @@ Where this differs from the published code (https://github.com/Tencent-Hunyuan/S
 - the denoise and the inversion branch are one batch: one forward and one backward pass instead of two;
 - `--gradient_accumulation_steps` counts rollouts, whatever branches each has; the published loop counts branches;
 - Wan has no embedded guidance: rollouts use classifier-free guidance, the graded step uses none;
-- timesteps are not truncated to integers;
+- timesteps are not truncated to integers, and rollouts follow the schedule of diffusers' Euler scheduler;
 - every random draw is a function of the seed, the step and the sample, so a resumed run repeats the run that it
-  continues, and a step is the same however its samples are spread over processes;
+  continues, and a step is the same, up to rounding, however its samples are spread over processes;
 - images that are not square are padded, not cropped, before HPS sees them, as HPSv2 itself does.
 """
 
@@ -45,6 +45,7 @@ import shutil
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -59,6 +60,7 @@ import torchvision.transforms.v2.functional as TF
 import transformers
 from accelerate import Accelerator, DistributedType
 from accelerate.logging import get_logger
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list, gather_object
 from matplotlib.figure import Figure
 from PIL import Image
@@ -288,10 +290,7 @@ def make_noise(args, step, samples, shape):
     The noise that the samples of a rollout start from. With `--noise shared` all samples of a step have the same:
     different prompts from the same noise give gradients of lower variance, says the SRPO paper.
 
-    Args:
-        step (`int`): the optimizer step.
-        samples (`Iterable[int]`): numbers of the samples in the run.
-        shape (`tuple[int, ...]`): (C, T, H, W) of the latents.
+    `samples` are numbers of samples in the run, `shape` is (C, T, H, W) of the latents.
 
     Returns:
         `torch.Tensor` of shape (B, C, T, H, W), float32, on the CPU so that every device draws the same.
@@ -310,15 +309,7 @@ def load_prompt_dataset(path, cache_dir=None):
 
 
 def unpack_prompt_embeds(rows, max_sequence_length, dtype):
-    """
-    Pads stored embeddings with zeros, as `WanPipeline.encode_prompt` does.
-
-    Args:
-        rows (`list` of arrays of shape (tokens, D), int16): bit patterns of bfloat16, see `embed_prompts.py`.
-
-    Returns:
-        `torch.Tensor` of shape (B, max_sequence_length, D) and type `dtype`.
-    """
+    """Stored rows, int16 (tokens, D), the bits of bfloat16 -> (B, max_sequence_length, D) of `dtype`, zero-padded."""
     rows = [torch.as_tensor(np.asarray(row, dtype=np.int16)).view(torch.bfloat16).to(dtype) for row in rows]
     return torch.stack([F.pad(row, (0, 0, 0, max_sequence_length - len(row))) for row in rows])
 
@@ -693,12 +684,13 @@ def save_before_after(output_dir, steps, columns=8):
     figure = Figure(figsize=(2.4 * len(scores[0]), 5.8), layout="tight")
     axes = figure.subplots(2, len(scores[0]), squeeze=False)
     for row, step, folder, images in zip(axes, steps, folders, scores, strict=True):
-        for axis, image in zip(row, images, strict=True):
+        for axis, image in zip(row, images):  # noqa: B905  a resumed run may have more or fewer
             axis.imshow(Image.open(folder / image["image"]))
             axis.set_xlabel(f"reward {image['reward']:.3f}\nrelative {image['relative']:+.3f}", fontsize=8)
             axis.set(xticks=[], yticks=[])
             if step == steps[0]:
-                axis.set_title("\n".join(re.findall(r".{1,26}(?:\s|$)", image["caption"])[:3]), fontsize=8)
+                lines = re.findall(r".{1,26}(?:\s|$)", image["caption"])[:3]
+                axis.set_title("\n".join(lines), fontsize=8, parse_math=False)
         row[0].set_ylabel(f"step {step}")
     figure.savefig(Path(output_dir, "before_after.png"), dpi=120)
 
@@ -728,9 +720,9 @@ def save_reward_curve(output_dir, history):
 
 # ---- What a run leaves behind: checkpoints, the model, its card. ----------------------------------------------------
 def list_checkpoints(output_dir):
-    """The complete checkpoints in a folder, oldest first."""
-    folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(folders, key=lambda path: int(path.name.split("-")[1]))
+    """The complete checkpoints in a folder, in the order in which they were written."""
+    states = sorted(Path(output_dir).glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime_ns)
+    return [path.parent for path in states if re.fullmatch(r"checkpoint-\d+", path.parent.name)]
 
 
 def save_checkpoint(accelerator, args, step, history):
@@ -746,7 +738,7 @@ def save_checkpoint(accelerator, args, step, history):
     accelerator.save_state(str(unfinished))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        state = {"global_step": step, "history": history}
+        state = {"global_step": step, "history": history, **batch_layout(accelerator, args)}
         (unfinished / "trainer_state.json").write_text(json.dumps(state))
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
@@ -757,16 +749,21 @@ def save_checkpoint(accelerator, args, step, history):
     accelerator.wait_for_everyone()
 
 
-def load_checkpoint(accelerator, args):
-    """Continues from `--resume_from_checkpoint`: (step, history), or (0, []) where `latest` finds no checkpoint."""
-    folder = args.resume_from_checkpoint
-    if folder == "latest":
-        folder = (list_checkpoints(args.output_dir) or [None])[-1]
-    if folder is None:
-        logger.warning(f"`{args.output_dir}` holds no checkpoint yet: training starts at step 0.")
-        return 0, []
-    accelerator.load_state(str(folder))
+def batch_layout(accelerator, args):
+    """What decides which samples make a step; a resumed run must have the same to go on with the next ones."""
+    names = ("train_batch_size", "gradient_accumulation_steps")
+    return {**{name: getattr(args, name) for name in names}, "num_processes": accelerator.num_processes}
+
+
+def load_checkpoint(accelerator, args, folder):
+    """Continues from a checkpoint. Returns (step, history)."""
     state = json.loads(Path(folder, "trainer_state.json").read_text())
+    for name, value in batch_layout(accelerator, args).items():
+        if state[name] != value:
+            raise SystemExit(f"error: {folder} was made with `{name}` {state[name]}; it cannot go on with {value}.")
+    if state["global_step"] > args.max_train_steps:
+        raise SystemExit(f"error: {folder} is beyond `--max_train_steps {args.max_train_steps}`.")
+    accelerator.load_state(str(folder))
     logger.info(f"Resumed from {folder} at step {state['global_step']}")
     return state["global_step"], state["history"]
 
@@ -818,16 +815,11 @@ image.save("fox.png")
 ## Citation
 
 ```bibtex
-@misc{{shen2025directlyaligningdiffusiontrajectory,
+@misc{{shen2025directlyaligningdiffusiontrajectory, year={{2025}}, eprint={{2509.06942}}, archivePrefix={{arXiv}},
   title={{Directly Aligning the Full Diffusion Trajectory with Fine-Grained Human Preference}},
-  author={{Xiangwei Shen and Zhimin Li and Zhantao Yang and Shiyi Zhang and Yingfang Zhang and Donghao Li and Chunyu
-    Wang and Qinglin Lu and Yansong Tang}}, year={{2025}}, eprint={{2509.06942}}, archivePrefix={{arXiv}}
-}}
-@article{{wan2025,
-  title={{Wan: Open and Advanced Large-Scale Video Generative Models}},
-  author={{Team Wan and Ang Wang and Baole Ai and Bin Wen and Chaojie Mao and Chen-Wei Xie and Di Chen and others}},
-  journal={{arXiv preprint arXiv:2503.20314}}, year={{2025}}
-}}
+  author={{Xiangwei Shen and Zhimin Li and Zhantao Yang and Shiyi Zhang and Yingfang Zhang and others}}}}
+@misc{{wan2025, year={{2025}}, eprint={{2503.20314}}, archivePrefix={{arXiv}},
+  title={{Wan: Open and Advanced Large-Scale Video Generative Models}}, author={{Team Wan and Ang Wang and others}}}}
 ```
 """
 
@@ -859,7 +851,7 @@ def save_model_card(args, repo_id, history, model):
         settings="\n".join(f"| `--{name}` | {value} |" for name, value in settings.items()),
     )
     data = huggingface_hub.ModelCardData(
-        base_model=args.pretrained_model_name_or_path,
+        base_model=None if Path(args.pretrained_model_name_or_path).is_dir() else args.pretrained_model_name_or_path,
         library_name="diffusers",
         license="apache-2.0",
         pipeline_tag="text-to-image",
@@ -903,7 +895,7 @@ def parse_args(input_args=None):
     add("--dataset_name", required=True, help="Folder or Hub id of the dataset that embed_prompts.py wrote.")
     add("--max_sequence_length", type=int, default=512,
         help="Maximum sequence length of the text embeddings: the one that the captions were embedded with.")
-    add("--cache_dir", help="The directory where the downloaded models and datasets will be stored.")
+    add("--cache_dir", help="Where the downloaded base model and dataset will be stored.")
     add("--dataloader_num_workers", type=int, default=0, help="Number of subprocesses to use for data loading.")
     add("--height", type=int, default=512, help="The height in pixels of the images to train on.")
     add("--width", type=int, default=512, help="The width in pixels of the images to train on.")
@@ -985,7 +977,8 @@ def parse_args(input_args=None):
     add("--resume_from_checkpoint",
         help="Continue from a checkpoint: its path, or `latest` for the last one in `output_dir`.")
     add("--logging_dir", default="logs", help="The directory for TensorBoard logs, inside `output_dir`.")
-    add("--report_to", default="tensorboard", help="Where to log: `tensorboard`, `wandb`, ..., `all` or `none`.")
+    trackers = [*LOGGER_TYPE_TO_CLASS, "all", "none"]
+    add("--report_to", choices=trackers, default="tensorboard", help="Where to report results and logs.")
     add("--push_to_hub", action="store_true", help="Whether or not to push the model to the Hub.")
     add("--hub_model_id", help="The name of the repository to push to. Default: the name of `output_dir`.")
     add("--hub_token", help="The token to use to push to the Model Hub.")
@@ -1012,8 +1005,12 @@ def check_values(args, error):
         error(f"`--timestep_length` must be at least {2 * POSITION_MARGIN}, but is {args.timestep_length}.")
     if not 0 < args.groundtruth_ratio < 1:
         error(f"`--groundtruth_ratio` must be between 0 and 1, but is {args.groundtruth_ratio}.")
-    if args.seed < 0:
-        error(f"`--seed` must not be negative, but is {args.seed}.")
+    for name in ("shift", "rollout_shift", "loss_weight_shift", "max_grad_norm"):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
+            error(f"`--{name}` must be positive, but is {getattr(args, name)}.")
+    for name in ("seed", "learning_rate"):
+        if getattr(args, name) < 0:
+            error(f"`--{name}` must not be negative, but is {getattr(args, name)}.")
     if args.push_to_hub and not (args.hub_token or huggingface_hub.get_token()):
         error("`--push_to_hub` needs a token: run `hf auth login` or pass `--hub_token`.")
 
@@ -1050,12 +1047,7 @@ def model_source(args):
 
 
 def read_model_info(args):
-    """
-    Reads the configs of `--pretrained_model_name_or_path`, no weights.
-
-    Raises:
-        `ValueError`: if it is not a Wan pipeline or lacks the expert to train.
-    """
+    """The [`ModelInfo`] of the base model from its configs. `ValueError` if it is not Wan or lacks the expert."""
     path, expert, source = args.pretrained_model_name_or_path, args.transformer_subfolder, model_source(args)
     with blame(f"`--pretrained_model_name_or_path {path}` is not a Wan pipeline in the layout of diffusers"):
         index = WanPipeline.load_config(**source)
@@ -1230,14 +1222,17 @@ def make_accelerator(args):
     """The [`Accelerator`] of the run, with DeepSpeed's settings filled in from the script's flags."""
     on_cpu = not torch.accelerator.is_available()
     uses_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    # The others wait while one process downloads or writes a model. On CPUs DeepSpeed must not look for NCCL.
+    process_group = InitProcessGroupKwargs(timeout=timedelta(hours=2))
+    if on_cpu and uses_deepspeed:
+        process_group.backend = "gloo"
     accelerator = Accelerator(
         cpu=on_cpu and not uses_deepspeed,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))),
         step_scheduler_with_optimizer=False,  # the learning rate follows updates, not updates times processes
-        # DeepSpeed runs on CPUs too, but only if told not to look for NCCL.
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and uses_deepspeed else None,
+        kwargs_handlers=[process_group],
     )
     if accelerator.mixed_precision == "fp16":
         raise SystemExit("error: `mixed_precision: fp16` is too narrow for Wan's transformer. Use bf16.")
@@ -1246,6 +1241,8 @@ def make_accelerator(args):
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         config["gradient_clipping"] = args.max_grad_norm
         config["train_micro_batch_size_per_gpu"] = args.train_batch_size
+        # Under ZeRO-3 transformers would partition the reward model as it loads it; frozen models stay whole.
+        transformers.integrations.unset_hf_deepspeed_config()
     return accelerator
 
 
@@ -1349,12 +1346,9 @@ def main(args):
         transformer.enable_gradient_checkpointing()
     scheduler = FlowMatchEulerDiscreteScheduler(shift=args.rollout_shift or model.flow_shift)
 
+    betas = (args.adam_beta1, args.adam_beta2)
     optimizer = torch.optim.AdamW(
-        transformer.parameters(),
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
+        transformer.parameters(), args.learning_rate, betas, args.adam_epsilon, args.adam_weight_decay
     )
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
@@ -1379,13 +1373,17 @@ def main(args):
 
     config = {name: str(value) for name, value in vars(args).items() if name != "hub_token"}
     accelerator.init_trackers(TRACKER_NAME, config=config)
+    checkpoint = args.resume_from_checkpoint
+    if checkpoint == "latest":
+        checkpoint = (list_checkpoints(args.output_dir) or [None])[-1]
+        if checkpoint is None:
+            logger.warning(f"`{args.output_dir}` holds no checkpoint yet: training starts at step 0.")
     history = []
-    if validation is not None and not Path(args.output_dir, "images", "step-0", "scores.json").is_file():
+    if validation is not None and not (checkpoint and Path(args.output_dir, "images/step-0/scores.json").is_file()):
         history.append({"step": 0, **validate(0)})
     first_step = 0
-    if args.resume_from_checkpoint:
-        first_step, resumed_history = load_checkpoint(accelerator, args)
-        history = resumed_history or history
+    if checkpoint is not None:
+        first_step, history = load_checkpoint(accelerator, args, checkpoint)
 
     accumulation = args.gradient_accumulation_steps
     sampler = SampleSampler(
@@ -1407,17 +1405,14 @@ def main(args):
     negative = negative.repeat(args.train_batch_size, 1, 1).to(accelerator.device)
 
     train_sigmas = make_train_sigmas(args.num_inference_steps, args.shift, args.train_timestep, args.timestep_length)
-    latent_height, latent_width = args.height // model.vae_scale_factor, args.width // model.vae_scale_factor
-    latent_shape = (model.in_channels, 1, latent_height, latent_width)
-    tokens = latent_height // model.patch_size[1] * (latent_width // model.patch_size[2])
+    latent_shape = (model.in_channels, 1, args.height // model.vae_scale_factor, args.width // model.vae_scale_factor)
+    tokens = latent_shape[2] // model.patch_size[1] * (latent_shape[3] // model.patch_size[2])
     velocity_fn = partial(predict_velocity, transformer, tokens_per_sample=tokens if model.expand_timesteps else None)
 
     samples_per_step = args.train_batch_size * accelerator.num_processes * accumulation
     logger.info("***** Running training *****")
     logger.info(f"  Num captions = {len(dataset['train'])}")
-    logger.info(f"  Instantaneous batch size per device = {args.train_batch_size}")
     logger.info(f"  Total train batch size (w. parallel, distributed & accumulation) = {samples_per_step}")
-    logger.info(f"  Gradient Accumulation steps = {accumulation}")
     logger.info(f"  Total optimization steps = {args.max_train_steps}")
     logger.info(f"  Trained noise levels = {train_sigmas[0]:.3f} to {train_sigmas[-1]:.3f}")
     hidden = not accelerator.is_local_main_process  # one progress bar on each machine
@@ -1459,6 +1454,8 @@ def main(args):
 
         # 6. Log.
         means = accelerator.reduce(torch.stack(step_metrics).mean(0), "mean").tolist()
+        if not np.isfinite([*means, float(grad_norm)]).all():
+            raise SystemExit(f"error: not finite at step {step + 1}: {dict(zip(metrics, means, strict=True))}")
         seconds = time.perf_counter() - started
         logs = {
             **dict(zip(metrics, means, strict=True)),
@@ -1488,8 +1485,10 @@ def main(args):
     logger.info(f"Saved {folder}")
     if accelerator.is_main_process:
         save_reward_curve(args.output_dir, history)
-        if validation is not None:
-            save_before_after(args.output_dir, (0, args.max_train_steps))
+        painted = [row["step"] for row in history if "validation_relative" in row]
+        painted = [step for step in painted if Path(args.output_dir, f"images/step-{step}/scores.json").is_file()]
+        if painted:
+            save_before_after(args.output_dir, (painted[0], painted[-1]))
         save_model_card(args, repo_id, history, model)
         if args.push_to_hub:
             upload(args, repo_id)

@@ -342,6 +342,19 @@ def test_a_negative_seed(refusal):
     assert refusal("--seed", -1) == "`--seed` must not be negative, but is -1."
 
 
+def test_a_negative_learning_rate(refusal):
+    assert refusal("--learning_rate", -0.5) == "`--learning_rate` must not be negative, but is -0.5."
+
+
+@pytest.mark.parametrize("name", ["shift", "rollout_shift", "loss_weight_shift", "max_grad_norm"])
+def test_a_shift_or_norm_that_is_not_positive(refusal, name):
+    assert refusal(f"--{name}", 0) == f"`--{name}` must be positive, but is 0.0."
+
+
+def test_an_unknown_tracker(refusal):
+    assert "--report_to: invalid choice: 'foo'" in refusal("--report_to", "foo")
+
+
 # ---- The Hub. -------------------------------------------------------------------------------------------------------
 
 
@@ -377,6 +390,7 @@ def test_an_output_folder_that_is_a_file(refusal, tmp_path, flags):
 
 def test_a_checkpoint_that_is_not_there(refusal, tmp_path):
     (tmp_path / "output" / "checkpoint-10").mkdir(parents=True)
+    (tmp_path / "output" / "checkpoint-10" / "trainer_state.json").write_text("{}")
     message = refusal("--resume_from_checkpoint", tmp_path / "output" / "checkpoint-20")
     assert message.startswith(
         f"`--resume_from_checkpoint {tmp_path}/output/checkpoint-20` is not a complete checkpoint"

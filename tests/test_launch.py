@@ -26,7 +26,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from diffusers import WanPipeline, WanTransformer3DModel
 
-from train_srpo_wan_t2i import NEGATIVE_WORDS, POSITIVE_WORDS, VALIDATION, CLIPReward, make_generator
+from train_srpo_wan_t2i import (
+    NEGATIVE_WORDS,
+    POSITIVE_WORDS,
+    VALIDATION,
+    CLIPReward,
+    ModelInfo,
+    make_generator,
+    save_model_card,
+)
 
 
 ROOT = Path(__file__).parent.parent
@@ -369,13 +377,20 @@ def test_hub_token_is_written_nowhere(cpu_run):
 # ---- The model card. ------------------------------------------------------------------------------------------------
 
 
-def test_the_header_of_the_card_names_the_base_model(cpu_run, tiny_model):
+def test_the_header_of_the_card_names_no_folder_as_base_model(cpu_run):
     data = ModelCard.load(cpu_run[0] / "README.md").data
-    assert data.base_model == str(tiny_model)
+    assert data.base_model is None
     assert data.library_name == "diffusers"
     assert data.license == "apache-2.0"
     assert data.pipeline_tag == "text-to-image"
     assert data.tags == ["text-to-image", "diffusers", "wan", "srpo"]
+
+
+def test_the_header_of_the_card_names_a_base_model_of_the_hub(make_args, tmp_path):
+    model = ModelInfo(True, 0.875, False, (1, 2, 2), 16, 4096, 8, 3.0)
+    args = make_args("--output_dir", tmp_path, "--pretrained_model_name_or_path", "Wan-AI/Wan2.2-T2V-A14B-Diffusers")
+    save_model_card(args, "me/fox", [], model)
+    assert ModelCard.load(tmp_path / "README.md").data.base_model == "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
 
 
 def test_the_card_says_how_to_use_the_expert(cpu_run, tiny_model):
@@ -534,6 +549,52 @@ def test_latest_in_an_empty_folder_starts_at_step_0_with_a_warning(train, plain_
     output_dir = train("--resume_from_checkpoint", "latest", output_dir=tmp_path)
     assert re.search(r"WARNING .* holds no checkpoint yet: training starts at step 0", read_log(output_dir))
     assert same_bits(load_weights(output_dir), load_weights(plain_run))
+
+
+@pytest.mark.parametrize("name, value", [("train_batch_size", 4), ("gradient_accumulation_steps", 2)])
+def test_a_run_cannot_go_on_with_other_batches(train, four_steps, tmp_path, name, value):
+    more = ["--max_train_steps", 4, "--train_batch_size", 2, "--resume_from_checkpoint", four_steps / "checkpoint-2"]
+    was = {"train_batch_size": 2, "gradient_accumulation_steps": 1}[name]
+    message = f"error: {four_steps}/checkpoint-2 was made with `{name}` {was}; it cannot go on with {value}."
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        train(*more, f"--{name}", value, output_dir=tmp_path)
+
+
+def test_a_run_cannot_go_back_behind_its_checkpoint(train, four_steps, tmp_path):
+    more = ["--train_batch_size", 2, "--max_train_steps", 3, "--resume_from_checkpoint", four_steps / "checkpoint-4"]
+    with pytest.raises(SystemExit, match="is beyond `--max_train_steps 3`"):
+        train(*more, output_dir=tmp_path)
+
+
+def test_going_on_from_an_older_checkpoint_makes_it_the_latest_and_keeps_the_new_ones(train, tmp_path):
+    steps = ["--max_train_steps", 4, "--checkpointing_steps", 1, "--checkpoints_total_limit", 2]
+    train(*steps, "--checkpoints_total_limit", 4, output_dir=tmp_path)
+    again = ["--max_train_steps", 2, "--checkpointing_steps", 1, "--checkpoints_total_limit", 2]
+    train(*again, "--resume_from_checkpoint", tmp_path / "checkpoint-1", output_dir=tmp_path)
+    assert checkpoints(tmp_path) == ["checkpoint-2", "checkpoint-4"]
+    train(*steps, "--resume_from_checkpoint", "latest", output_dir=tmp_path)
+    assert f"Resumed from {tmp_path}/checkpoint-2 at step 2" in read_log(tmp_path)
+
+
+def test_other_prompts_after_resuming_still_end_in_a_card_and_a_picture(train, tmp_path):
+    train(output_dir=tmp_path, prompts=["a boat", "a dog"])
+    more = ["--max_train_steps", 3, "--resume_from_checkpoint", "latest"]
+    train(*more, output_dir=tmp_path, prompts=["a boat that costs $5 {or $6"])
+    Image.open(tmp_path / "before_after.png").verify()
+    assert "3 updates" in (tmp_path / "README.md").read_text()
+
+
+def test_a_run_stopped_before_its_first_checkpoint_still_logs_the_images_of_step_0(train, tmp_path):
+    train("--max_train_steps", 1, output_dir=tmp_path, prompts=["a boat"])
+    assert checkpoints(tmp_path) == []
+    train("--resume_from_checkpoint", "latest", output_dir=tmp_path, prompts=["a boat"])
+    assert [row["step"] for row in load_history(tmp_path) if "validation_reward" in row] == [0, 2]
+
+
+def test_a_run_that_is_not_finite_ends_before_it_saves(train, tmp_path):
+    with pytest.raises(SystemExit, match="error: not finite at step 2"):
+        train("--learning_rate", 1e30, "--checkpointing_steps", 1, output_dir=tmp_path)
+    assert checkpoints(tmp_path) == ["checkpoint-1"]
 
 
 def test_resuming_a_finished_run_writes_its_result_again(train, four_steps):
