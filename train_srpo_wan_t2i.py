@@ -462,9 +462,13 @@ class RewardModel(torch.nn.Module):
             self.text_cache.update(zip(missing, features, strict=True))
         return torch.stack([self.text_cache[text] for text in texts])
 
+    def reward(self, image_features, text_features):
+        """Features of shape (B, D) each -> (B,): the reward of each image for its text."""
+        return self.scale * (image_features * text_features).sum(-1)
+
     def score(self, pixels, captions):
         """The plain reward of each image for its caption: (B,) float32."""
-        return self.scale * (self.encode_images(pixels) * self.encode_texts(captions)).sum(-1)
+        return self.reward(self.encode_images(pixels), self.encode_texts(captions))
 
 
 class HPSReward(RewardModel):
@@ -584,14 +588,13 @@ def graded_pass(velocity_fn, vae, reward_model, x0, noise, prompt_embeds, captio
     )
     loss = weight * (srpo_loss(score, args.reward_margin) if args.loss == "hinge" else -score.mean())
 
-    score = score.detach().chunk(repeats)
-    features = features.detach()
+    features, score = features.detach(), score.detach().chunk(repeats)
     metrics = {
         "loss": loss.detach(),
         "score": torch.cat(score).mean(),
         **{f"score_{branch.name}": score[index].mean() for index, branch in enumerate(branches)},
-        "reward_positive": reward_model.scale * (features * positive.repeat(repeats, 1)).sum(-1).mean(),
-        "reward_negative": reward_model.scale * (features * negative.repeat(repeats, 1)).sum(-1).mean(),
+        "reward_positive": reward_model.reward(features, positive.repeat(repeats, 1)).mean(),
+        "reward_negative": reward_model.reward(features, negative.repeat(repeats, 1)).mean(),
         "saturated": saturated,
     }
     return loss, metrics
@@ -639,7 +642,7 @@ def paint_validation(accelerator, pipeline, reward_model, validation, args):
             torch.stack([reward_model.encode_texts([f"{word}. {caption}" for caption in captions]) for word in words])
             for words in (args.positive_words, args.negative_words)
         )
-        rewards = reward_model.scale * (features * reward_model.encode_texts(captions)).sum(-1)
+        rewards = reward_model.reward(features, reward_model.encode_texts(captions))
         relative = reward_model.scale * srp_score(features, positive.mean(0), negative.mean(0), discount=0.0)
         pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         painted += zip(indices, pixels, rewards.tolist(), relative.tolist(), strict=True)
@@ -1318,8 +1321,7 @@ def main(args):
         library.utils.logging.set_verbosity_error()
     transformers.set_seed(args.seed)
     if args.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
     repo_id = args.hub_model_id or Path(args.output_dir).name
     if args.push_to_hub and accelerator.is_main_process:
@@ -1328,8 +1330,7 @@ def main(args):
 
     # Precision: DeepSpeed keeps its own float32 master weights, autocast needs the weights themselves in float32.
     weight_dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    uses_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-    transformer_dtype = weight_dtype if uses_deepspeed else torch.float32
+    transformer_dtype = weight_dtype if accelerator.distributed_type == DistributedType.DEEPSPEED else torch.float32
     reward_dtype = {None: weight_dtype, "fp32": torch.float32, "bf16": torch.bfloat16}[args.reward_dtype]
 
     # Load models. Captions were encoded before, so the text encoder stays on disk.
@@ -1454,12 +1455,12 @@ def main(args):
 
         # 6. Log.
         means = accelerator.reduce(torch.stack(step_metrics).mean(0), "mean").tolist()
-        if not np.isfinite([*means, float(grad_norm)]).all():
-            raise SystemExit(f"error: not finite at step {step + 1}: {dict(zip(metrics, means, strict=True))}")
+        means = {**dict(zip(metrics, means, strict=True)), "grad_norm": float(grad_norm)}
+        if not np.isfinite(list(means.values())).all():
+            raise SystemExit(f"error: not finite at step {step + 1}: {means}")
         seconds = time.perf_counter() - started
         logs = {
-            **dict(zip(metrics, means, strict=True)),
-            "grad_norm": float(grad_norm),
+            **means,
             "lr": lr_scheduler.get_last_lr()[0],
             "sigma": branches[0].sigma_to,
             "seconds": seconds,

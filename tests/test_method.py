@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import MINIATURE, run_in_process
+from miniature.build import sample
 from miniature.drawings import GUIDANCE_SCALE, MAX_SEQUENCE_LENGTH, caption_accuracy, captions, style_share
 
 from diffusers import WanPipeline, WanTransformer3DModel
@@ -23,7 +24,6 @@ def embeddings(embed):
     return embed(MINIATURE / "model", captions())
 
 
-@torch.no_grad()
 def judge(expert_folder):
     """The shares of real and flat style and the caption accuracy of 112 images by an expert alone, noise fixed."""
     expert = WanTransformer3DModel.from_pretrained(expert_folder, subfolder="transformer_2", dtype=torch.float32)
@@ -31,17 +31,7 @@ def judge(expert_folder):
         MINIATURE / "model", transformer=None, transformer_2=expert, boundary_ratio=1.0, dtype=torch.float32
     )
     pipeline.set_progress_bar_config(disable=True)
-    images = pipeline(
-        captions(),
-        height=64,
-        width=64,
-        num_frames=1,
-        num_inference_steps=12,
-        guidance_scale=GUIDANCE_SCALE,
-        max_sequence_length=MAX_SEQUENCE_LENGTH,
-        generator=torch.Generator().manual_seed(0),
-    ).frames[:, 0]
-    images = (images * 255).round().astype("uint8")
+    images = sample(pipeline, captions())
     return {
         "real": style_share(images, "real"),
         "flat": style_share(images, "flat"),

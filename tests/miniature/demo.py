@@ -13,9 +13,9 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import yaml
+from build import sample
 from drawings import GUIDANCE_SCALE, MAX_SEQUENCE_LENGTH, caption_accuracy, captions, style_share
 
 from diffusers import WanPipeline, WanTransformer3DModel
@@ -42,7 +42,6 @@ def run(*command):
     subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)
 
 
-@torch.no_grad()
 def judge(transformer_2):
     """What the judge sees in images by an expert alone, painted by diffusers' own pipeline from the same noise."""
     pipeline = WanPipeline.from_pretrained(
@@ -50,17 +49,7 @@ def judge(transformer_2):
     )
     pipeline.set_progress_bar_config(disable=True)
     prompts = captions() * IMAGES_PER_CAPTION
-    images = pipeline(
-        prompts,
-        height=64,
-        width=64,
-        num_frames=1,
-        num_inference_steps=12,
-        guidance_scale=GUIDANCE_SCALE,
-        generator=torch.Generator().manual_seed(0),
-        max_sequence_length=MAX_SEQUENCE_LENGTH,
-    ).frames[:, 0]
-    images = (images * 255).round().astype(np.uint8)
+    images = sample(pipeline, prompts)
     return {"real_style_share": style_share(images, "real"), "caption_accuracy": caption_accuracy(images, prompts)}
 
 
