@@ -36,14 +36,16 @@ Where this differs from the published code (https://github.com/Tencent-Hunyuan/S
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import logging
 import os
 import re
 import resource
 import shutil
+import signal
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -63,6 +65,7 @@ from accelerate.logging import get_logger
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list, gather_object
 from matplotlib.figure import Figure
+from peft import LoraConfig
 from PIL import Image
 from safetensors import safe_open
 from torch.utils.checkpoint import checkpoint
@@ -78,8 +81,10 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.training_utils import cast_training_params
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, check_min_version
 
 
@@ -94,6 +99,9 @@ LOG_FORMAT = "%(asctime)s - %(levelname)s - %(name)s - %(message)s"
 POSITIVE_WORDS = ("Natural-lighting", "Detail", "Detailed", "Real")
 NEGATIVE_WORDS = ("Concept art", "Painting", "Anime", "Flat", "Oil")
 
+# The linear layers that diffusers' own scripts for Wan adapt: all of the attention.
+LORA_TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0")
+
 # Positions this close to either end of the training grid are not drawn (fastvideo/SRPO.py).
 POSITION_MARGIN = 5
 
@@ -103,7 +111,7 @@ PICKSCORE_REPOSITORY = "yuvalkirstain/PickScore_v1"
 PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 # Independent streams of random numbers.
-SHUFFLE, NOISE, POSITION, VALIDATION = range(4)
+SHUFFLE, NOISE, POSITION, VALIDATION, GLOBAL = range(5)
 
 
 # ---- SRPO: noise levels, the graded step, the relative score. Pure functions, no model. -----------------------------
@@ -600,6 +608,71 @@ def graded_pass(velocity_fn, vae, reward_model, x0, noise, prompt_embeds, captio
     return loss, metrics
 
 
+# ---- What is trained: all weights, or a LoRA beside them. -----------------------------------------------------------
+def add_lora(transformer, args):
+    """Freezes the transformer and adds a trainable LoRA to `--lora_target_modules`, which changes nothing yet."""
+    transformer.requires_grad_(False)
+    transformer.add_adapter(
+        LoraConfig(
+            r=args.lora_rank,
+            lora_alpha=args.lora_alpha or args.lora_rank,
+            lora_dropout=args.lora_dropout or 0.0,
+            init_lora_weights="gaussian",
+            target_modules=list(args.lora_target_modules or LORA_TARGET_MODULES),
+        )
+    )
+
+
+def lora_metadata(transformer):
+    """What diffusers reads beside a LoRA's weights, such as its alpha; `None` for a transformer without one."""
+    config = getattr(transformer, "peft_config", {}).get("default")
+    return config and {name: sorted(v) if isinstance(v, set) else v for name, v in config.to_dict().items()}
+
+
+def make_optimizer(args, parameters):
+    """AdamW over the trainable ones of `parameters`. DeepSpeed replaces it by its own if that runs on the CPU."""
+    parameters = [parameter for parameter in parameters if parameter.requires_grad]
+    betas = (args.adam_beta1, args.adam_beta2)
+    options = {
+        "lr": args.learning_rate,
+        "betas": betas,
+        "eps": args.adam_epsilon,
+        "weight_decay": args.adam_weight_decay,
+    }
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, **options)
+    from torchao.optim import AdamW8bit  # optional
+
+    # An update of 5e-6 is less than half a bf16 unit of most weights: rounded to the nearest, it would be lost.
+    return AdamW8bit(parameters, bf16_stochastic_round=True, **options)
+
+
+@contextmanager
+def whole(parameter):
+    """Under ZeRO-3, where each process holds a part of every parameter, puts one together. All processes call it."""
+    gathered = nullcontext()
+    if hasattr(parameter, "ds_id"):
+        from deepspeed.zero import GatheredParameters
+
+        gathered = GatheredParameters([parameter])
+    with gathered:
+        yield parameter.detach()
+
+
+def gather_weights(accelerator, transformer, dtype):
+    """
+    The trained weights on the CPU, {name: `torch.Tensor` of `dtype`}, complete on the main process and empty on all
+    others. They are gathered one by one, so that no GPU needs room for the whole model. All processes call it.
+    """
+    weights = {}
+    for name, parameter in accelerator.unwrap_model(transformer).named_parameters():
+        if parameter.requires_grad:
+            with whole(parameter) as weight:
+                if accelerator.is_main_process:
+                    weights[name] = weight.to("cpu", dtype, copy=True)
+    return weights
+
+
 # ---- Validation: fixed prompts, fixed noise, diffusers' own pipeline. -----------------------------------------------
 class ValidationSet(NamedTuple):
     captions: list[str]
@@ -728,67 +801,175 @@ def list_checkpoints(output_dir):
     return [path.parent for path in states if re.fullmatch(r"checkpoint-\d+", path.parent.name)]
 
 
-def save_checkpoint(accelerator, args, step, history):
+def discard(folder):
+    """Removes a checkpoint. It is renamed first, so that what is left if that is interrupted does not look whole."""
+    shutil.rmtree(folder.rename(f"{folder}.discarded"))
+
+
+def describe_run(accelerator, args):
     """
-    Writes `checkpoint-N`: the training state, and `trainer_state.json` with the step and the curves. It is written
-    beside and renamed when complete; only then are old checkpoints above `--checkpoints_total_limit` removed.
+    What a checkpoint and the run that continues it have in common: what decides which samples make a step, what is
+    trained, and how its state is laid out. Other flags, such as the learning rate, may change.
+    """
+    engine = "without DeepSpeed"
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        zero = config["zero_optimization"]
+        engine = f"ZeRO-{zero['stage']}"
+        for name in ("offload_param", "offload_optimizer"):
+            if zero.get(name, {}).get("device", "none") != "none":
+                engine += f", {name}"
+        if config.get("bf16", {}).get("bf16_master_weights_and_grads"):
+            engine += ", bf16_master_weights_and_grads"
+    lora = None
+    if args.lora_rank is not None:
+        lora = [
+            args.lora_rank,
+            args.lora_alpha or args.lora_rank,
+            *sorted(args.lora_target_modules or LORA_TARGET_MODULES),
+        ]
+    return {
+        "engine": engine,
+        "mixed_precision": accelerator.mixed_precision,
+        "num_processes": accelerator.num_processes,
+        "train_batch_size": args.train_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "transformer_subfolder": args.transformer_subfolder,
+        "base model, by a hash of its weights": transformer_fingerprint(args),
+        "LoRA rank, alpha and modules": lora,
+        "optimizer": args.optimizer,
+    }
+
+
+def save_checkpoint(accelerator, args, transformer, dtype, run, step, history):
+    """
+    Writes `checkpoint-N`: the training state, and `trainer_state.json` with the step, the curves and what
+    `scripts/export_checkpoint.py` needs. It is written beside and renamed when complete; only then are old checkpoints
+    above `--checkpoints_total_limit` removed.
     """
     folder = Path(args.output_dir, f"checkpoint-{step}")
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     if accelerator.is_main_process:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        for leftover in Path(args.output_dir).glob("checkpoint-*.*"):
+            shutil.rmtree(leftover)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(unfinished))
+    # Frozen weights are those of the base model. DeepSpeed leaves them out by itself, Accelerate by a hook in `main`.
+    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    accelerator.save_state(str(unfinished), **({"exclude_frozen_parameters": True} if deepspeed else {}))
+    os.sync()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        state = {"global_step": step, "history": history, **batch_layout(accelerator, args)}
+        transformer = accelerator.unwrap_model(transformer)
+        state = {
+            "global_step": step,
+            "history": history,
+            "run": run,
+            "expert": args.transformer_subfolder,
+            "config": dict(transformer.config),
+            "lora": lora_metadata(transformer),
+            "dtype": str(dtype).removeprefix("torch."),
+        }
         (unfinished / "trainer_state.json").write_text(json.dumps(state))
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            discard(folder)
         unfinished.rename(folder)
         if args.checkpoints_total_limit is not None:
             for old in list_checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
-                shutil.rmtree(old)
+                discard(old)
         logger.info(f"Saved state to {folder}")
     accelerator.wait_for_everyone()
 
 
-def batch_layout(accelerator, args):
-    """What decides which samples make a step; a resumed run must have the same to go on with the next ones."""
-    names = ("train_batch_size", "gradient_accumulation_steps")
-    return {**{name: getattr(args, name) for name in names}, "num_processes": accelerator.num_processes}
+def find_checkpoint(args, run):
+    """
+    The checkpoint that `--resume_from_checkpoint` names, or `None`, and what its `trainer_state.json` says.
+    `ValueError` if `run`, from [`describe_run`], cannot go on with it.
+    """
+    folder = args.resume_from_checkpoint
+    if folder == "latest":
+        folder = (list_checkpoints(args.output_dir) or [None])[-1]
+        if folder is None:
+            logger.warning(f"`{args.output_dir}` holds no checkpoint yet: training starts at step 0.")
+    if folder is None:
+        return None, {"global_step": 0, "history": []}
+    state = json.loads(Path(folder, "trainer_state.json").read_text())
+    for name, value in run.items():
+        found = state.get("run", {}).get(name)
+        if found != value:
+            raise ValueError(f"{folder} was made with another {name}: {found}. It cannot go on with {value}.")
+    if state["global_step"] > args.max_train_steps:
+        raise ValueError(f"{folder} is beyond `--max_train_steps {args.max_train_steps}`.")
+    return folder, state
 
 
 def load_checkpoint(accelerator, args, folder):
-    """Continues from a checkpoint. Returns (step, history)."""
-    state = json.loads(Path(folder, "trainer_state.json").read_text())
-    for name, value in batch_layout(accelerator, args).items():
-        if state[name] != value:
-            raise SystemExit(f"error: {folder} was made with `{name}` {state[name]}; it cannot go on with {value}.")
-    if state["global_step"] > args.max_train_steps:
-        raise SystemExit(f"error: {folder} is beyond `--max_train_steps {args.max_train_steps}`.")
-    accelerator.load_state(str(folder))
-    logger.info(f"Resumed from {folder} at step {state['global_step']}")
-    return state["global_step"], state["history"]
+    """Puts the training state of a checkpoint in place. A LoRA's has no frozen weights: those are there already."""
+    options = {}
+    if args.lora_rank is not None:
+        deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+        options["load_module_strict" if deepspeed else "strict"] = False
+    accelerator.load_state(str(folder), **options)
 
 
-def save_transformer(accelerator, transformer, folder, dtype):
-    """Writes config.json and safetensors that `WanTransformer3DModel.from_pretrained` loads. Runs on all processes."""
-    state_dict = accelerator.get_state_dict(transformer)
-    if accelerator.is_main_process:
-        accelerator.unwrap_model(transformer).save_config(folder)
-        huggingface_hub.save_torch_state_dict(
-            {name: tensor.to(dtype) for name, tensor in state_dict.items()},
-            folder,
-            filename_pattern=SAFETENSORS_WEIGHTS_NAME.replace(".safetensors", "{suffix}.safetensors"),
-            max_shard_size="10GB",
+class StopSignal:
+    """Remembers SIGTERM and SIGINT, so that the update at hand is finished and saved before the process ends."""
+
+    def __init__(self):
+        self.number = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.remember)
+
+    def remember(self, number, frame):
+        self.number = number
+
+    @staticmethod
+    def ignore(_worker):
+        """For the processes that load data: they end with the one that they load for."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+
+
+def save_weights(weights, output_dir, expert, config, lora):
+    """
+    Writes trained weights as diffusers reads them.
+
+    Args:
+        weights (`dict[str, torch.Tensor]`): by the names of the parameters of the transformer.
+        output_dir, expert (`str`): weights go to `output_dir/expert/`, a LoRA to `output_dir`.
+        config (`dict`): of the transformer.
+        lora (`dict`, *optional*): from [`lora_metadata`].
+
+    Returns:
+        `Path`: the folder or the file that was written.
+    """
+    if lora is not None:
+        layers = {name.replace(".default.", "."): weight for name, weight in weights.items()}
+        WanPipeline.save_lora_weights(
+            output_dir, transformer_lora_layers=layers, transformer_lora_adapter_metadata=lora
         )
-    accelerator.wait_for_everyone()
+        return Path(output_dir, LORA_WEIGHT_NAME_SAFE)
+    folder = Path(output_dir, expert)
+    with torch.device("meta"):
+        WanTransformer3DModel.from_config(config).save_config(folder)
+    suffix = SAFETENSORS_WEIGHTS_NAME.replace(".safetensors", "{suffix}.safetensors")
+    huggingface_hub.save_torch_state_dict(weights, folder, filename_pattern=suffix, max_shard_size="10GB")
+    return folder
+
+
+def save_merged(args, dtype):
+    """Writes the base model as it is on the disk, with the LoRA of `output_dir` merged into it."""
+    source = {**model_source(args), "subfolder": args.transformer_subfolder}
+    transformer = WanTransformer3DModel.from_pretrained(**source, variant=args.variant, dtype=dtype)
+    transformer.load_lora_adapter(args.output_dir, weight_name=LORA_WEIGHT_NAME_SAFE, use_safetensors=True)
+    transformer.fuse_lora()
+    transformer.unload_lora()
+    transformer.save_pretrained(Path(args.output_dir, args.transformer_subfolder), max_shard_size="10GB")
 
 
 MODEL_CARD = """
 # SRPO fine-tuning of {base}
 
-`{expert}` of [{base}](https://huggingface.co/{base}), fine-tuned for text-to-image with SRPO on the reward of
+{what} of [{base}](https://huggingface.co/{base}), fine-tuned for text-to-image with SRPO on the reward of
 {reward_model}: {updates} updates{rewards}.
 
 {images}
@@ -800,7 +981,7 @@ MODEL_CARD = """
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 
-expert = WanTransformer3DModel.from_pretrained("{repo_id}", subfolder="{expert}", dtype=torch.bfloat16)
+{load_expert}
 pipe = WanPipeline.from_pretrained("{base}", {experts}, dtype=torch.bfloat16).to("cuda")
 image = pipe(
     "a red fox in the snow", num_frames=1, height={size}, width={size}, num_inference_steps={steps},
@@ -830,6 +1011,14 @@ image.save("fox.png")
 def save_model_card(args, repo_id, history, model):
     """Writes the `README.md` of the output folder: what it is, how to use it, how it was made."""
     expert = args.transformer_subfolder
+    load = 'expert = WanTransformer3DModel.from_pretrained("{}", subfolder="{}", dtype=torch.bfloat16)'
+    load_expert, what = load.format(repo_id, expert), f"`{expert}`"
+    if args.lora_rank is not None and not args.save_merged:
+        what = f"A LoRA of rank {args.lora_rank} for `{expert}`"
+        load_expert = load.format(args.pretrained_model_name_or_path, expert)
+        load_expert += (
+            f'\nexpert.load_lora_adapter("{repo_id}", weight_name="{LORA_WEIGHT_NAME_SAFE}", use_safetensors=True)'
+        )
     validation = [row["validation_relative"] for row in history if "validation_relative" in row]
     settings = {
         name: " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
@@ -838,15 +1027,15 @@ def save_model_card(args, repo_id, history, model):
     }
     content = MODEL_CARD.format(
         base=args.pretrained_model_name_or_path,
-        expert=expert,
+        what=what,
+        load_expert=load_expert,
         experts="transformer=None, transformer_2=expert, boundary_ratio=1.0"
         if model.two_experts
         else f"{expert}=expert",
         reward_model=args.reward_model,
-        updates=args.max_train_steps,
+        updates=max((row["step"] for row in history), default=0),
         rewards=f", relative reward {validation[0]:.4f} -> {validation[-1]:.4f}" if validation else "",
         images="![Validation images before and after training](before_after.png)\n" if validation else "",
-        repo_id=repo_id,
         size=args.validation_size,
         steps=args.num_inference_steps,
         guidance_scale=args.validation_guidance_scale,
@@ -858,23 +1047,62 @@ def save_model_card(args, repo_id, history, model):
         library_name="diffusers",
         license="apache-2.0",
         pipeline_tag="text-to-image",
-        tags=["text-to-image", "diffusers", "wan", "srpo"],
+        tags=["text-to-image", "diffusers", "wan", "srpo", *(["lora"] if args.lora_rank is not None else [])],
     )
     huggingface_hub.ModelCard(f"---\n{data.to_yaml()}\n---\n{content}").save(Path(args.output_dir, "README.md"))
 
 
-def upload(args, repo_id):
+def save_results(accelerator, args, transformer, dtype, repo_id, history, model):
+    """Writes what users want of a run: the weights, the curves, the pictures and the card; and pushes it."""
+    weights = gather_weights(accelerator, transformer, dtype)
+    if accelerator.is_main_process:
+        bare = accelerator.unwrap_model(transformer)
+        saved = save_weights(
+            weights, args.output_dir, args.transformer_subfolder, dict(bare.config), lora_metadata(bare)
+        )
+        logger.info(f"Saved {saved}")
+        if args.save_merged:
+            save_merged(args, dtype)
+        save_reward_curve(args.output_dir, history)
+        painted = [row["step"] for row in history if "validation_relative" in row]
+        painted = [step for step in painted if Path(args.output_dir, f"images/step-{step}/scores.json").is_file()]
+        if painted:
+            save_before_after(args.output_dir, (painted[0], painted[-1]))
+        save_model_card(args, repo_id, history, model)
+        if args.push_to_hub:
+            upload(args, repo_id, history)
+    accelerator.wait_for_everyone()
+
+
+def with_retries(request, attempts=5):
+    """Repeats a request to the Hub after 1, 2, 4, 8 seconds, unless the Hub says that the request itself is wrong."""
+    for attempt in range(attempts):
+        try:
+            return request()
+        except Exception as error:
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            refused = status is not None and status < 500 and status not in (408, 429)
+            if refused or attempt == attempts - 1:
+                raise
+            logger.warning(f"The Hub failed: {error}\nTrying again in {2**attempt} s.")
+            time.sleep(2**attempt)
+
+
+def upload(args, repo_id, history):
     """Uploads the output folder without its checkpoints. If that fails, the folder is whole and a message says how."""
     ignored = ["checkpoint-*", f"{args.logging_dir}/*"]
     try:
-        huggingface_hub.upload_folder(
-            repo_id=repo_id,
-            folder_path=args.output_dir,
-            commit_message="End of training",
-            ignore_patterns=ignored,
-            token=args.hub_token,
+        with_retries(
+            partial(
+                huggingface_hub.upload_folder,
+                repo_id=repo_id,
+                folder_path=args.output_dir,
+                commit_message=f"After {history[-1]['step']} updates" if history else "Before training",
+                ignore_patterns=ignored,
+                token=args.hub_token,
+            )
         )
-    except Exception as error:  # whatever it was, the run is done and its files are safe
+    except Exception as error:  # whatever it was, the run goes on and its files are safe
         exclude = " ".join(f"--exclude '{pattern}'" for pattern in ignored)
         logger.error(f"Upload failed: {error}\nUpload later with: hf upload {repo_id} {args.output_dir} . {exclude}")
 
@@ -943,6 +1171,18 @@ def parse_args(input_args=None):
     add("--noise", choices=["shared", "per_sample"], default="shared",
         help="Start all samples of a step from the same noise, or each from its own.")
 
+    add = parser.add_argument_group("LoRA").add_argument
+    add("--lora_rank", type=int,
+        help="Train a LoRA of this rank and leave the weights themselves alone. Default: train all weights.")
+    add("--lora_alpha", type=float, help="Scale of the LoRA: alpha / rank. Default: the rank.")
+    add("--lora_dropout", type=float, help="Dropout probability of the LoRA's input in the graded step. Default: 0.")
+    add("--lora_target_modules", nargs="+",
+        help=f"Names of the linear layers that get a LoRA. Default: {' '.join(LORA_TARGET_MODULES)}")
+    add("--base_weights", choices=["fp8"],
+        help="Store the frozen linear layers under a LoRA in float8 (e4m3), half the memory of bf16. Needs "
+             "`--gradient_checkpointing` to show. Default: the precision of the run.")
+    add("--save_merged", action="store_true", help="Also write the base model with the LoRA merged into it.")
+
     add = parser.add_argument_group("optimization").add_argument
     add("--seed", type=int, default=42, help="A seed for reproducible training.")
     add("--train_batch_size", type=int, default=1, help="Batch size (per device) of a rollout, in captions.")
@@ -953,6 +1193,9 @@ def parse_args(input_args=None):
     schedulers = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
     add("--lr_scheduler", choices=schedulers, default="constant", help="The scheduler type to use.")
     add("--lr_warmup_steps", type=int, default=0, help="Number of steps for the warmup in the lr scheduler.")
+    add("--optimizer", choices=["adamw", "adamw_8bit"], default="adamw",
+        help="adamw_8bit keeps AdamW's states in 8 bits (torchao). Without DeepSpeed it also keeps the weights in the "
+             "precision of the run and rounds them stochastically to bf16: 6 bytes per weight instead of 16.")
     add("--adam_beta1", type=float, default=0.9, help="The beta1 parameter for the AdamW optimizer.")
     add("--adam_beta2", type=float, default=0.999, help="The beta2 parameter for the AdamW optimizer.")
     add("--adam_weight_decay", type=float, default=1e-4, help="Weight decay to use.")
@@ -986,6 +1229,8 @@ def parse_args(input_args=None):
     add("--hub_model_id", help="The name of the repository to push to. Default: the name of `output_dir`.")
     add("--hub_token", help="The token to use to push to the Model Hub.")
     add("--hub_private_repo", action="store_true", help="Whether to create the repository as private.")
+    add("--hub_strategy", choices=["end", "checkpoint"], default="end",
+        help="Push when training ends, or also whenever a checkpoint is saved.")
     # fmt: on
 
     args = parser.parse_args(input_args)
@@ -997,7 +1242,7 @@ def check_values(args, error):
     """Refuses values that no run can use. `error` takes the message and does not return."""
     counts = ["train_batch_size", "gradient_accumulation_steps", "max_train_steps", "max_sequence_length"]
     counts += ["sampling_steps", "num_inference_steps", "validation_steps", "checkpointing_steps"]
-    for name in [*counts, "checkpoints_total_limit"]:
+    for name in [*counts, "checkpoints_total_limit", "lora_rank"]:
         value = getattr(args, name)
         if value is not None and value < 1:
             error(f"`--{name}` must be at least 1, but is {value}.")
@@ -1008,12 +1253,19 @@ def check_values(args, error):
         error(f"`--timestep_length` must be at least {2 * POSITION_MARGIN}, but is {args.timestep_length}.")
     if not 0 < args.groundtruth_ratio < 1:
         error(f"`--groundtruth_ratio` must be between 0 and 1, but is {args.groundtruth_ratio}.")
-    for name in ("shift", "rollout_shift", "loss_weight_shift", "max_grad_norm"):
+    for name in ("shift", "rollout_shift", "loss_weight_shift", "max_grad_norm", "lora_alpha"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             error(f"`--{name}` must be positive, but is {getattr(args, name)}.")
     for name in ("seed", "learning_rate"):
         if getattr(args, name) < 0:
             error(f"`--{name}` must not be negative, but is {getattr(args, name)}.")
+    for name in ("lora_alpha", "lora_dropout", "lora_target_modules", "base_weights", "save_merged"):
+        if args.lora_rank is None and getattr(args, name) not in (None, False):
+            error(f"`--{name}` needs `--lora_rank`; without it there is no LoRA and all weights are trained.")
+    if args.lora_dropout is not None and not 0 <= args.lora_dropout < 1:
+        error(f"`--lora_dropout` must be at least 0 and below 1, but is {args.lora_dropout}.")
+    if args.optimizer == "adamw_8bit" and importlib.util.find_spec("torchao") is None:
+        error("`--optimizer adamw_8bit` needs torchao: run `pip install torchao`.")
     if args.push_to_hub and not (args.hub_token or huggingface_hub.get_token()):
         error("`--push_to_hub` needs a token: run `hf auth login` or pass `--hub_token`.")
 
@@ -1068,6 +1320,9 @@ def read_model_info(args):
     with blame(f"`--pretrained_model_name_or_path {path}` lacks the model in `{expert}`"), torch.device("meta"):
         config = WanTransformer3DModel.load_config(**source, subfolder=expert)
         transformer = WanTransformer3DModel.from_config(config)
+    if args.lora_rank is not None:
+        with blame("`--lora_target_modules` must name linear layers of the transformer"), torch.device("meta"):
+            add_lora(transformer, args)
     return ModelInfo(
         two_experts=two_experts,
         boundary_ratio=index.get("boundary_ratio"),
@@ -1109,20 +1364,30 @@ def check_sizes(args, model):
             )
 
 
-def text_encoder_fingerprint(args):
+def weights_fingerprint(args, subfolder, file, name):
     """
-    Identifies the text encoder by its weights, as `embed_prompts.py` does, wherever they lie: the first 16 hex digits
-    of the SHA-256 of its last layer norm in bfloat16. Only that tensor is read.
+    Identifies a model of the pipeline by the weights of one layer, wherever they lie: the first 16 hex digits of their
+    SHA-256 in bfloat16. Only that tensor, `name` in `subfolder/file.safetensors` or its shards, is read.
     """
-    name = "encoder.final_layer_norm.weight"
-    source = {"subfolder": "text_encoder", "revision": args.revision, "cache_dir": args.cache_dir}
+    source = {"subfolder": subfolder, "revision": args.revision, "cache_dir": args.cache_dir}
     cached = partial(cached_file, args.pretrained_model_name_or_path, **source)
     suffix = f".{args.variant}" if args.variant else ""
-    index = cached(f"model.safetensors.index{suffix}.json", _raise_exceptions_for_missing_entries=False)
-    file = json.loads(Path(index).read_text())["weight_map"][name] if index else f"model{suffix}.safetensors"
-    with safe_open(cached(file), framework="pt") as weights:
+    index = cached(f"{file}.safetensors.index{suffix}.json", _raise_exceptions_for_missing_entries=False)
+    shard = json.loads(Path(index).read_text())["weight_map"][name] if index else f"{file}{suffix}.safetensors"
+    with safe_open(cached(shard), framework="pt") as weights:
         weight = weights.get_tensor(name)
     return hashlib.sha256(weight.to(torch.bfloat16).view(torch.int16).numpy().tobytes()).hexdigest()[:16]
+
+
+def text_encoder_fingerprint(args):
+    """Identifies the text encoder as `embed_prompts.py` does."""
+    return weights_fingerprint(args, "text_encoder", "model", "encoder.final_layer_norm.weight")
+
+
+def transformer_fingerprint(args):
+    """Identifies the base model that a checkpoint belongs to."""
+    weight = "blocks.0.attn1.to_q.weight"
+    return weights_fingerprint(args, args.transformer_subfolder, "diffusion_pytorch_model", weight)
 
 
 def check_dataset(args, model):
@@ -1207,17 +1472,50 @@ def check_output_dir(args):
 
 
 def check_inputs(args):
-    """Refuses, before any model is loaded, what cannot succeed, in one line. Returns ([`ModelInfo`], dataset)."""
+    """Refuses, before any model is loaded, what cannot succeed. Returns ([`ModelInfo`], dataset)."""
+    check_output_dir(args)
+    model = read_model_info(args)
+    check_sizes(args, model)
+    check_window(args, model)
+    dataset = check_dataset(args, model)
+    check_reward(args)
+    return model, dataset
+
+
+def check_deepspeed(args, config, num_processes):
+    """Refuses a DeepSpeed file that contradicts the flags, and flags that DeepSpeed cannot follow."""
+    zero = config.get("zero_optimization", {})
+    if args.optimizer == "adamw_8bit" and zero.get("offload_optimizer", {}).get("device", "none") != "none":
+        raise ValueError(
+            "`--optimizer adamw_8bit` cannot be offloaded: DeepSpeed has an AdamW of its own for the CPU. Use "
+            "`--optimizer adamw`, or a DeepSpeed file without `offload_optimizer`."
+        )
+    if args.base_weights == "fp8":
+        raise ValueError(
+            "`--base_weights fp8` does not work with DeepSpeed, which gives all weights one precision. Launch with "
+            "accelerate_configs/rtx4090_lora.yaml, which does without."
+        )
+    rollout = args.train_batch_size * num_processes
+    for name, value, flag in (
+        ("train_micro_batch_size_per_gpu", args.train_batch_size, "train_batch_size"),
+        ("gradient_accumulation_steps", args.gradient_accumulation_steps, "gradient_accumulation_steps"),
+        ("train_batch_size", rollout * args.gradient_accumulation_steps, "train_batch_size"),
+        ("gradient_clipping", args.max_grad_norm, "max_grad_norm"),
+    ):
+        if config.get(name, "auto") not in ("auto", value):
+            raise ValueError(
+                f"The DeepSpeed file says `{name}` {config[name]}, but `--{flag}` and {num_processes} processes make "
+                f'it {value}. Write "auto" into the file, or change the flag.'
+            )
+
+
+@contextmanager
+def one_line_errors():
+    """Ends the run with the message of a `ValueError`, without a traceback."""
     try:
-        check_output_dir(args)
-        model = read_model_info(args)
-        check_sizes(args, model)
-        check_window(args, model)
-        dataset = check_dataset(args, model)
-        check_reward(args)
+        yield
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
-    return model, dataset
 
 
 # ---- The run. -------------------------------------------------------------------------------------------------------
@@ -1229,19 +1527,22 @@ def make_accelerator(args):
     process_group = InitProcessGroupKwargs(timeout=timedelta(hours=2))
     if on_cpu and uses_deepspeed:
         process_group.backend = "gloo"
-    accelerator = Accelerator(
-        cpu=on_cpu and not uses_deepspeed,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))),
-        step_scheduler_with_optimizer=False,  # the learning rate follows updates, not updates times processes
-        kwargs_handlers=[process_group],
-    )
+    logging_dir = str(Path(args.output_dir, args.logging_dir))
+    with blame("`accelerate launch` and its configuration files cannot be used together"):
+        accelerator = Accelerator(
+            cpu=on_cpu and not uses_deepspeed,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            log_with=None if args.report_to == "none" else args.report_to,
+            project_config=ProjectConfiguration(args.output_dir, logging_dir=logging_dir),
+            step_scheduler_with_optimizer=False,  # the learning rate follows updates, not updates times processes
+            kwargs_handlers=[process_group],
+        )
     if accelerator.mixed_precision == "fp16":
-        raise SystemExit("error: `mixed_precision: fp16` is too narrow for Wan's transformer. Use bf16.")
+        raise ValueError("`mixed_precision: fp16` is too narrow for Wan's transformer. Use bf16.")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        # "auto" in the JSON would become 1.0, whatever `--max_grad_norm` says, and DeepSpeed does the clipping.
         config = accelerator.state.deepspeed_plugin.deepspeed_config
+        check_deepspeed(args, config, accelerator.num_processes)
+        # "auto" in the JSON would become 1.0, whatever `--max_grad_norm` says, and DeepSpeed does the clipping.
         config["gradient_clipping"] = args.max_grad_norm
         config["train_micro_batch_size_per_gpu"] = args.train_batch_size
         # Under ZeRO-3 transformers would partition the reward model as it loads it; frozen models stay whole.
@@ -1261,7 +1562,7 @@ def prepare_output_dir(accelerator, args):
             events = Path(args.logging_dir, TRACKER_NAME)
             for folder in [args.transformer_subfolder, "images", events, *output.glob("checkpoint-*")]:
                 shutil.rmtree(output / folder, ignore_errors=True)
-            for name in ("README.md", "train.log", "reward.png", "before_after.png"):
+            for name in ("README.md", "train.log", "reward.png", "before_after.png", LORA_WEIGHT_NAME_SAFE):
                 (output / name).unlink(missing_ok=True)
         output.mkdir(parents=True, exist_ok=True)
         handler = logging.FileHandler(output / "train.log")
@@ -1313,9 +1614,13 @@ def peak_memory_gb(device):
 
 
 def main(args):
-    model, dataset = check_inputs(args)
-    accelerator = make_accelerator(args)
-    prepare_output_dir(accelerator, args)
+    with one_line_errors():
+        model, dataset = check_inputs(args)
+        accelerator = make_accelerator(args)
+        prepare_output_dir(accelerator, args)
+        run = describe_run(accelerator, args)
+        checkpoint, state = find_checkpoint(args, run)
+    first_step, history = state["global_step"], state["history"]
     logger.info(accelerator.state, main_process_only=False)
     for library in (transformers, diffusers):
         library.utils.logging.set_verbosity_error()
@@ -1326,11 +1631,14 @@ def main(args):
     repo_id = args.hub_model_id or Path(args.output_dir).name
     if args.push_to_hub and accelerator.is_main_process:
         options = {"private": args.hub_private_repo, "token": args.hub_token, "exist_ok": True}
-        repo_id = huggingface_hub.create_repo(repo_id, **options).repo_id
+        repo_id = with_retries(partial(huggingface_hub.create_repo, repo_id, **options)).repo_id
 
-    # Precision: DeepSpeed keeps its own float32 master weights, autocast needs the weights themselves in float32.
+    # Precision: AdamW under autocast needs the weights themselves in float32. DeepSpeed keeps float32 master weights
+    # of its own, adamw_8bit rounds stochastically, and the base of a LoRA is not trained.
+    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     weight_dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    transformer_dtype = weight_dtype if accelerator.distributed_type == DistributedType.DEEPSPEED else torch.float32
+    full_precision = not deepspeed and args.optimizer == "adamw" and args.lora_rank is None
+    transformer_dtype = torch.float32 if full_precision else weight_dtype
     reward_dtype = {None: weight_dtype, "fp32": torch.float32, "bf16": torch.bfloat16}[args.reward_dtype]
 
     # Load models. Captions were encoded before, so the text encoder stays on disk.
@@ -1342,15 +1650,18 @@ def main(args):
     transformer = WanTransformer3DModel.from_pretrained(
         **source, subfolder=args.transformer_subfolder, variant=args.variant, dtype=transformer_dtype
     )
-    transformer.requires_grad_(True).train()
+    transformer.requires_grad_(True).eval()
+    if args.lora_rank is not None:
+        torch.manual_seed(args.seed)  # all processes make the same LoRA
+        add_lora(transformer, args)
+        cast_training_params(transformer, torch.float32)
+    if args.base_weights == "fp8":
+        transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=transformer_dtype)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     scheduler = FlowMatchEulerDiscreteScheduler(shift=args.rollout_shift or model.flow_shift)
 
-    betas = (args.adam_beta1, args.adam_beta2)
-    optimizer = torch.optim.AdamW(
-        transformer.parameters(), args.learning_rate, betas, args.adam_epsilon, args.adam_weight_decay
-    )
+    optimizer = make_optimizer(args, transformer.parameters())
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
     )
@@ -1374,17 +1685,24 @@ def main(args):
 
     config = {name: str(value) for name, value in vars(args).items() if name != "hub_token"}
     accelerator.init_trackers(TRACKER_NAME, config=config)
-    checkpoint = args.resume_from_checkpoint
-    if checkpoint == "latest":
-        checkpoint = (list_checkpoints(args.output_dir) or [None])[-1]
-        if checkpoint is None:
-            logger.warning(f"`{args.output_dir}` holds no checkpoint yet: training starts at step 0.")
-    history = []
-    if validation is not None and not (checkpoint and Path(args.output_dir, "images/step-0/scores.json").is_file()):
-        history.append({"step": 0, **validate(0)})
-    first_step = 0
+    save = partial(save_checkpoint, accelerator, args, transformer, weight_dtype, run)
+    publish = partial(save_results, accelerator, args, transformer, weight_dtype, repo_id, model=model)
+
+    def validate_if_due(step):
+        due = step % args.validation_steps == 0 or step == args.max_train_steps
+        if (
+            validation is not None
+            and due
+            and not any(row["step"] == step and "validation_reward" in row for row in history)
+        ):
+            history.append({"step": step, **validate(step)})
+
     if checkpoint is not None:
-        first_step, history = load_checkpoint(accelerator, args, checkpoint)
+        if validation is not None and not Path(args.output_dir, "images/step-0/scores.json").is_file():
+            validate(0)  # the base model, to compare with
+        load_checkpoint(accelerator, args, checkpoint)
+        logger.info(f"Resumed from {checkpoint} at step {first_step}")
+    validate_if_due(first_step)
 
     accumulation = args.gradient_accumulation_steps
     sampler = SampleSampler(
@@ -1400,6 +1718,7 @@ def main(args):
         batch_sampler=sampler,
         collate_fn=partial(collate_fn, max_sequence_length=args.max_sequence_length, dtype=transformer_dtype),
         num_workers=args.dataloader_num_workers,
+        worker_init_fn=StopSignal.ignore,
     )
     batches = iter(dataloader)
     negative = collate_fn([dataset["negative"][0]], args.max_sequence_length, transformer_dtype)["prompt_embeds"]
@@ -1418,6 +1737,7 @@ def main(args):
     logger.info(f"  Trained noise levels = {train_sigmas[0]:.3f} to {train_sigmas[-1]:.3f}")
     hidden = not accelerator.is_local_main_process  # one progress bar on each machine
     progress_bar = tqdm(total=args.max_train_steps, initial=first_step, desc="Steps", disable=hidden)
+    stop, stopped_by = StopSignal(), 0
 
     for step in range(first_step, args.max_train_steps):
         started = time.perf_counter()
@@ -1429,6 +1749,8 @@ def main(args):
         weight = 1.0
         if args.loss_weight_shift is not None:
             weight = shift_sigmas(position / args.timestep_length, args.loss_weight_shift)
+        # For what libraries draw: a LoRA's dropout and the rounding of adamw_8bit.
+        torch.manual_seed(make_generator(args.seed, GLOBAL, step, accelerator.process_index).initial_seed())
 
         step_metrics = []
         for rollout_index in range(accumulation):
@@ -1442,11 +1764,13 @@ def main(args):
                 guidance_scale = args.rollout_guidance_scale
                 x0 = rollout(velocity_fn, scheduler, noise, embeds, negative, args.sampling_steps, guidance_scale)
                 # 4. Inject noise, step, recover, decode, score.
+                transformer.train()
                 loss, metrics = graded_pass(
                     velocity_fn, vae, reward_model, x0, noise, embeds, captions, words, branches, args, weight
                 )
                 # 5. Back-propagate and update.
                 accelerator.backward(loss)
+                transformer.eval()
                 if accelerator.sync_gradients:
                     grad_norm = accelerator.clip_grad_norm_(transformer.parameters(), args.max_grad_norm)
                 optimizer.step()
@@ -1454,14 +1778,16 @@ def main(args):
                 step_metrics.append(torch.stack(list(metrics.values())))
 
         # 6. Log.
-        means = accelerator.reduce(torch.stack(step_metrics).mean(0), "mean").tolist()
+        signal_number = torch.tensor([float(stop.number)], device=accelerator.device)
+        gathered = accelerator.gather(torch.cat([torch.stack(step_metrics).mean(0), signal_number])[None])
+        means, stopped_by = gathered[:, :-1].mean(0).tolist(), int(gathered[:, -1].max())
         means = {**dict(zip(metrics, means, strict=True)), "grad_norm": float(grad_norm)}
         if not np.isfinite(list(means.values())).all():
             raise SystemExit(f"error: not finite at step {step + 1}: {means}")
         seconds = time.perf_counter() - started
         logs = {
             **means,
-            "lr": lr_scheduler.get_last_lr()[0],
+            "lr": float(lr_scheduler.get_last_lr()[0]),
             "sigma": branches[0].sigma_to,
             "seconds": seconds,
             "images_per_second": samples_per_step / seconds,
@@ -1475,25 +1801,27 @@ def main(args):
         logger.debug(f"step {done}: " + ", ".join(f"{name} {value:.5g}" for name, value in logs.items()))
 
         # 7. Images and checkpoints.
-        if validation is not None and (done % args.validation_steps == 0 or done == args.max_train_steps):
-            history.append({"step": done, **validate(done)})
-        if done % args.checkpointing_steps == 0:
-            save_checkpoint(accelerator, args, done, history)
+        if not stopped_by:
+            validate_if_due(done)
+        if done % args.checkpointing_steps == 0 or stopped_by:
+            save(done, history)
+        if stopped_by:
+            break
+        if args.push_to_hub and args.hub_strategy == "checkpoint" and done % args.checkpointing_steps == 0:
+            publish(history)
 
     progress_bar.close()
-    folder = Path(args.output_dir, args.transformer_subfolder)
-    save_transformer(accelerator, transformer, folder, weight_dtype)
-    logger.info(f"Saved {folder}")
-    if accelerator.is_main_process:
-        save_reward_curve(args.output_dir, history)
-        painted = [row["step"] for row in history if "validation_relative" in row]
-        painted = [step for step in painted if Path(args.output_dir, f"images/step-{step}/scores.json").is_file()]
-        if painted:
-            save_before_after(args.output_dir, (painted[0], painted[-1]))
-        save_model_card(args, repo_id, history, model)
-        if args.push_to_hub:
-            upload(args, repo_id)
+    if stopped_by:
+        name = signal.Signals(stopped_by).name
+        logger.warning(
+            f"Stopped by {name} after {done} updates; all of them are saved. Continue with the same command and "
+            "`--resume_from_checkpoint latest`."
+        )
+    else:
+        publish(history)
     accelerator.end_training()
+    if stopped_by:
+        raise SystemExit(128 + stopped_by)
 
 
 if __name__ == "__main__":
