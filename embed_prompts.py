@@ -1,17 +1,6 @@
 #!/usr/bin/env python
 # Copyright 2026 The SRPO-Wan authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Embed captions once with Wan's text encoder, so that training need not load its 5.7 billion parameters.
 
     python embed_prompts.py --pretrained_model_name_or_path Wan-AI/Wan2.2-T2V-A14B-Diffusers \

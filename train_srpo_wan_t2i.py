@@ -1,17 +1,6 @@
 #!/usr/bin/env python
 # Copyright 2026 The SRPO for Wan authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 r"""
 Fine-tune the low-noise expert (`transformer_2`) of Wan2.2-T2V-A14B for text-to-image with SRPO, Semantic Relative
 Preference Optimization (https://arxiv.org/abs/2509.06942). Captions come from `embed_prompts.py`.
@@ -110,22 +99,19 @@ HPS_REPOSITORY, HPS_FILE, HPS_ARCHITECTURE = "xswu/HPSv2", "HPS_v2.1_compressed.
 PICKSCORE_REPOSITORY = "yuvalkirstain/PickScore_v1"
 PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
-# Independent streams of random numbers.
+# The file and the layer by whose weights a model is identified.
+BASE_LAYER = "diffusion_pytorch_model", "blocks.0.attn1.to_q.weight"
+TEXT_ENCODER_LAYER = "model", "encoder.final_layer_norm.weight"
+
+# Independent streams of random numbers. The last seeds what libraries draw: dropout, the rounding of adamw_8bit.
 SHUFFLE, NOISE, POSITION, VALIDATION, GLOBAL = range(5)
 
 
 # ---- SRPO: noise levels, the graded step, the relative score. Pure functions, no model. -----------------------------
 def shift_sigmas(sigmas, shift):
     """
-    Bends noise levels towards 1 as the flow-matching schedules of SD3, FLUX and Wan do.
-
-    Args:
-        sigmas (`float` or `torch.Tensor` of any shape): noise levels in [0, 1].
-        shift (`float`): 1.0 changes nothing; larger values spend more of the schedule at high noise.
-
-    Returns:
-        `shift * sigma / (1 + (shift - 1) * sigma)`, of the type and shape of `sigmas`. Source: Esser et al. 2024
-        (https://arxiv.org/abs/2403.03206), equation 23.
+    Bends noise levels in [0, 1], a float or a tensor of any shape, towards 1 as the schedules of SD3, FLUX and Wan do:
+    `shift * sigma / (1 + (shift - 1) * sigma)`. Source: Esser et al. 2024 (https://arxiv.org/abs/2403.03206), eq. 23.
     """
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
@@ -135,8 +121,7 @@ def make_train_sigmas(num_inference_steps, shift, train_timestep, timestep_lengt
     The noise levels that training draws from, between two steps of the sampling schedule.
 
     Args:
-        num_inference_steps (`int`): steps of the sampling schedule.
-        shift (`float`): shift of the sampling schedule.
+        num_inference_steps (`int`), shift (`float`): of the sampling schedule.
         train_timestep (`tuple[int, int]`): first and last step of the window, 0 <= first < last <= steps.
         timestep_length (`int`): number L of noise levels.
 
@@ -204,14 +189,9 @@ def direct_align_step(predict_velocity, x0, noise, sigma_from, sigma_to):
 
 def srp_score(image_features, positive_features, negative_features, discount):
     """
-    Semantic relative preference: how much closer an image is to one caption than to another.
-
-    Args:
-        image_features, positive_features, negative_features (`torch.Tensor` of shape (B, D)): unit-norm features.
-        discount (`float` or `torch.Tensor` of shape () or (B,)): extra weight of the positive caption.
-
-    Returns:
-        `torch.Tensor` of shape (B,): <f, (1 + discount) * positive - negative>, `SRP_cfg` in fastvideo/SRPO.py.
+    Semantic relative preference: how much closer an image is to one caption than to another. Features are unit-norm and
+    of shape (B, D); `discount`, a float or of shape () or (B,), is the extra weight of the positive caption. Returns
+    <f, (1 + discount) * positive - negative> of shape (B,), `SRP_cfg` in fastvideo/SRPO.py.
     """
     positive = (image_features * positive_features).sum(-1)
     negative = (image_features * negative_features).sum(-1)
@@ -220,14 +200,8 @@ def srp_score(image_features, positive_features, negative_features, discount):
 
 def srpo_loss(score, margin):
     """
-    Hinge loss: images whose score reaches the margin are left alone.
-
-    Args:
-        score (`torch.Tensor` of shape (B,)): from [`srp_score`].
-        margin (`float`): 0.7 in the published run.
-
-    Returns:
-        `torch.Tensor` of shape (): mean of relu(margin - score).
+    Hinge loss: the mean of relu(margin - score). Images whose score, of shape (B,) from [`srp_score`], reaches the
+    margin, 0.7 in the published run, are left alone.
     """
     return F.relu(margin - score).mean()
 
@@ -295,13 +269,9 @@ class SampleSampler:
 
 def make_noise(args, step, samples, shape):
     """
-    The noise that the samples of a rollout start from. With `--noise shared` all samples of a step have the same:
-    different prompts from the same noise give gradients of lower variance, says the SRPO paper.
-
-    `samples` are numbers of samples in the run, `shape` is (C, T, H, W) of the latents.
-
-    Returns:
-        `torch.Tensor` of shape (B, C, T, H, W), float32, on the CPU so that every device draws the same.
+    The noise, (B, C, T, H, W) float32, that samples of a rollout start from; `samples` are their B numbers in the run.
+    With `--noise shared` all samples of a step have the same: different prompts from the same noise give gradients of
+    lower variance, says the SRPO paper. It is drawn on the CPU, so that every device has the same.
     """
     if args.noise == "shared":
         noise = torch.randn(shape, generator=make_generator(args.seed, NOISE, step))
@@ -392,12 +362,8 @@ def decode_latents(vae, latents):
     decoder's blocks are checkpointed where gradients flow: [`AutoencoderKLWan`] has no gradient checkpointing, and its
     cache of frames, which one frame does not need, would break the recomputation.
 
-    Args:
-        latents (`torch.Tensor` of shape (B, C, 1, H, W)): normalised as the transformer sees them.
-
-    Returns:
-        A tuple: pixels, `torch.Tensor` of shape (B, 3, s * H, s * W), float32 in [0, 1]; and the share of values that
-        were clamped, `torch.Tensor` of shape (). Clamped pixels carry no gradient.
+    Latents of shape (B, C, 1, H, W), normalised as the transformer sees them, give a tuple: pixels, (B, 3, s * H, s * W)
+    float32 in [0, 1]; and the share of values that were clamped, (). Clamped pixels carry no gradient.
     """
     mean, std = (
         torch.tensor(values, dtype=latents.dtype, device=latents.device).view(1, -1, 1, 1, 1)
@@ -419,17 +385,9 @@ def decode_latents(vae, latents):
 # ---- Rewards: human-preference models that see pixels and captions. -------------------------------------------------
 def preprocess_pixels(pixels, image_size, mean, std, keep_borders):
     """
-    Differentiable preprocessing for CLIP-like encoders.
-
-    Args:
-        pixels (`torch.Tensor` of shape (B, 3, H, W)): in [0, 1].
-        image_size (`int`): side of the square that the encoder takes.
-        mean, std (`Sequence[float]`): of each channel.
-        keep_borders (`bool`): fit the longer side and pad with black, as HPSv2's `ResizeMaxSize` does; otherwise fit
-            the shorter side and crop the centre, as CLIP's processor does.
-
-    Returns:
-        `torch.Tensor` of shape (B, 3, image_size, image_size), normalised.
+    Differentiable preprocessing for CLIP-like encoders: pixels (B, 3, H, W) in [0, 1] -> normalised by `mean` and `std`
+    of each channel, (B, 3, image_size, image_size). With `keep_borders` the longer side is fitted and the rest padded
+    with black, as HPSv2's `ResizeMaxSize` does; otherwise the centre is cropped, as CLIP's processor does.
     """
     height, width = pixels.shape[-2:]
     scale = image_size / (max if keep_borders else min)(height, width)
@@ -481,11 +439,8 @@ class RewardModel(torch.nn.Module):
 
 class HPSReward(RewardModel):
     """
-    HPSv2.1 (https://arxiv.org/abs/2306.09341): an open_clip model with fine-tuned weights. The score is the cosine.
-
-    Args:
-        path (`str`): checkpoint with the weights under `state_dict`.
-        architecture (`str`): name of the open_clip model that the weights belong to.
+    HPSv2.1 (https://arxiv.org/abs/2306.09341): an open_clip model of the given `architecture` with fine-tuned weights,
+    which the file `path` holds under `state_dict`. The score is the cosine.
     """
 
     keep_borders = True
@@ -522,11 +477,7 @@ class HPSReward(RewardModel):
 class CLIPReward(RewardModel):
     """
     PickScore (https://arxiv.org/abs/2305.01569) or any other CLIPModel. The score is the scaled cosine divided by 20,
-    which is the range of HPS (`CLIP` in fastvideo/SRPO.py).
-
-    Args:
-        path (`str`): folder or Hub id of a [`~transformers.CLIPModel`].
-        processor_path (`str`): folder or Hub id of its [`~transformers.CLIPProcessor`].
+    which is the range of HPS (`CLIP` in fastvideo/SRPO.py). Paths are folders or Hub ids.
     """
 
     keep_borders = False
@@ -632,44 +583,45 @@ def lora_metadata(transformer):
 def make_optimizer(args, parameters):
     """AdamW over the trainable ones of `parameters`. DeepSpeed replaces it by its own if that runs on the CPU."""
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
+    optimizer = torch.optim.AdamW
+    if args.optimizer == "adamw_8bit":
+        from torchao.optim import AdamW8bit  # optional
+
+        # An update of 5e-6 is less than half a bf16 unit of most weights: rounded to the nearest, it would be lost.
+        optimizer = partial(AdamW8bit, bf16_stochastic_round=True)
     betas = (args.adam_beta1, args.adam_beta2)
-    options = {
-        "lr": args.learning_rate,
-        "betas": betas,
-        "eps": args.adam_epsilon,
-        "weight_decay": args.adam_weight_decay,
-    }
-    if args.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **options)
-    from torchao.optim import AdamW8bit  # optional
-
-    # An update of 5e-6 is less than half a bf16 unit of most weights: rounded to the nearest, it would be lost.
-    return AdamW8bit(parameters, bf16_stochastic_round=True, **options)
+    return optimizer(parameters, args.learning_rate, betas, args.adam_epsilon, args.adam_weight_decay)
 
 
-@contextmanager
-def whole(parameter):
-    """Under ZeRO-3, where each process holds a part of every parameter, puts one together. All processes call it."""
-    gathered = nullcontext()
-    if hasattr(parameter, "ds_id"):
-        from deepspeed.zero import GatheredParameters
+def forget_powers(optimizer):
+    """
+    DeepSpeed's AdamW for the CPU multiplies up the powers of its betas from step to step, and computes them when it
+    cannot, as after loading a checkpoint; the last bit differs. Made anew before each step, it always computes them.
+    """
 
-        gathered = GatheredParameters([parameter])
-    with gathered:
-        yield parameter.detach()
+    def make_anew(adam, _args, _kwargs):  # with no betas, which like the rate come with each step
+        adam.ds_opt_adam.create_adam(adam.opt_id, 0.0, 0.0, 0.0, 0.0, 0.0, adam.adam_w_mode, False)
+
+    if hasattr(optimizer, "ds_opt_adam"):
+        optimizer.register_step_pre_hook(make_anew)
 
 
 def gather_weights(accelerator, transformer, dtype):
     """
     The trained weights on the CPU, {name: `torch.Tensor` of `dtype`}, complete on the main process and empty on all
-    others. They are gathered one by one, so that no GPU needs room for the whole model. All processes call it.
+    others. Under ZeRO-3, where each process holds a part of every weight, they are put together one by one, so that no
+    GPU needs room for the whole model. All processes call it.
     """
-    weights = {}
+    weights, whole = {}, nullcontext
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        import deepspeed
+
+        whole = deepspeed.zero.GatheredParameters
     for name, parameter in accelerator.unwrap_model(transformer).named_parameters():
         if parameter.requires_grad:
-            with whole(parameter) as weight:
+            with whole([parameter]):
                 if accelerator.is_main_process:
-                    weights[name] = weight.to("cpu", dtype, copy=True)
+                    weights[name] = parameter.detach().to("cpu", dtype, copy=True)
     return weights
 
 
@@ -683,11 +635,9 @@ class ValidationSet(NamedTuple):
 @torch.no_grad()
 def paint_validation(accelerator, pipeline, reward_model, validation, args):
     """
-    Paints this process's share of the validation prompts and scores the images.
-
-    Returns:
-        A list of (number of the prompt, pixels of shape (H, W, 3) uint8, reward, relative reward): the reward for the
-        plain caption, and that with the positive control words minus that with the negative ones.
+    Paints this process's share of the validation prompts and scores the images: a list of (number of the prompt,
+    pixels of shape (H, W, 3) uint8, reward, relative reward). The first reward is for the plain caption, the second
+    for that with the positive control words minus that with the negative ones.
     """
     count, processes = len(validation.captions), accelerator.num_processes
     # Under ZeRO-3 all processes call the transformer equally often, so the shares are filled up with repeats.
@@ -724,10 +674,8 @@ def paint_validation(accelerator, pipeline, reward_model, validation, args):
 
 def log_validation(accelerator, pipeline, reward_model, validation, args, step):
     """
-    Paints and scores all validation prompts; images and scores go to the trackers and to `images/step-N/`.
-
-    Returns:
-        {"validation_reward": `float`, "validation_relative": `float`}, means over the images, on every process.
+    Paints and scores all validation prompts; images and scores go to the trackers and to `images/step-N/`. Returns the
+    means over the images on every process, {"validation_reward": `float`, "validation_relative": `float`}.
     """
     logger.info(f"Running validation at step {step}: {len(validation.captions)} images.")
     painted = gather_object(paint_validation(accelerator, pipeline, reward_model, validation, args))
@@ -774,21 +722,19 @@ def save_before_after(output_dir, steps, columns=8):
 def save_reward_curve(output_dir, history):
     """`reward.png`: rewards and scores of the training samples by step, and the reward of the validation images."""
     figure = Figure(figsize=(11, 4), layout="tight")
-    left, right = figure.subplots(1, 2)
-    for axis, name, style in (
-        (left, "reward_positive", "-"),
-        (left, "reward_negative", "-"),
-        (left, "validation_reward", "ko-"),
-        (right, "score_denoise", "-"),
-        (right, "score_inversion", "-"),
-        (right, "validation_relative", "ko-"),
+    for axis, title, names in zip(
+        figure.subplots(1, 2),
+        ("Reward", "Relative score"),
+        (
+            {"reward_positive": "-", "reward_negative": "-", "validation_reward": "ko-"},
+            {"score_denoise": "-", "score_inversion": "-", "validation_relative": "ko-"},
+        ),
+        strict=True,
     ):
-        rows = [(row["step"], row[name]) for row in history if name in row]
-        if rows:
-            axis.plot(*zip(*rows, strict=True), style, label=name.replace("_", ", "), alpha=0.8)
-    for axis, title in ((left, "Reward"), (right, "Relative score")):
-        axis.set_title(title)
-        axis.set_xlabel("update")
+        for name, style in names.items():
+            if rows := [(row["step"], row[name]) for row in history if name in row]:
+                axis.plot(*zip(*rows, strict=True), style, label=name.replace("_", ", "), alpha=0.8)
+        axis.set(title=title, xlabel="update")
         axis.grid(alpha=0.3)
         axis.legend()
     figure.savefig(Path(output_dir, "reward.png"), dpi=120)
@@ -814,20 +760,12 @@ def describe_run(accelerator, args):
     engine = "without DeepSpeed"
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         config = accelerator.state.deepspeed_plugin.deepspeed_config
-        zero = config["zero_optimization"]
-        engine = f"ZeRO-{zero['stage']}"
-        for name in ("offload_param", "offload_optimizer"):
-            if zero.get(name, {}).get("device", "none") != "none":
-                engine += f", {name}"
-        if config.get("bf16", {}).get("bf16_master_weights_and_grads"):
-            engine += ", bf16_master_weights_and_grads"
-    lora = None
-    if args.lora_rank is not None:
-        lora = [
-            args.lora_rank,
-            args.lora_alpha or args.lora_rank,
-            *sorted(args.lora_target_modules or LORA_TARGET_MODULES),
-        ]
+        zero, bf16 = config["zero_optimization"], config.get("bf16", {})
+        offloads = [name for name in ("offload_param", "offload_optimizer") if name in zero]
+        masters = [name for name in ("bf16_master_weights_and_grads",) if bf16.get(name)]
+        engine = ", ".join([f"ZeRO-{zero['stage']}", *offloads, *masters])
+    modules = sorted(args.lora_target_modules or LORA_TARGET_MODULES)
+    lora = args.lora_rank and [args.lora_rank, args.lora_alpha or args.lora_rank, *modules]
     return {
         "engine": engine,
         "mixed_precision": accelerator.mixed_precision,
@@ -835,7 +773,7 @@ def describe_run(accelerator, args):
         "train_batch_size": args.train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "transformer_subfolder": args.transformer_subfolder,
-        "base model, by a hash of its weights": transformer_fingerprint(args),
+        "base model, by a hash of its weights": weights_fingerprint(args, args.transformer_subfolder, *BASE_LAYER),
         "LoRA rank, alpha and modules": lora,
         "optimizer": args.optimizer,
     }
@@ -853,7 +791,7 @@ def save_checkpoint(accelerator, args, transformer, dtype, run, step, history):
         for leftover in Path(args.output_dir).glob("checkpoint-*.*"):
             shutil.rmtree(leftover)
     accelerator.wait_for_everyone()
-    # Frozen weights are those of the base model. DeepSpeed leaves them out by itself, Accelerate by a hook in `main`.
+    # Frozen weights are those of the base model: DeepSpeed leaves them out itself, Accelerate by a hook in `main`.
     deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     accelerator.save_state(str(unfinished), **({"exclude_frozen_parameters": True} if deepspeed else {}))
     os.sync()
@@ -902,51 +840,35 @@ def find_checkpoint(args, run):
     return folder, state
 
 
-def load_checkpoint(accelerator, args, folder):
-    """Puts the training state of a checkpoint in place. A LoRA's has no frozen weights: those are there already."""
-    options = {}
-    if args.lora_rank is not None:
-        deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-        options["load_module_strict" if deepspeed else "strict"] = False
-    accelerator.load_state(str(folder), **options)
-
-
 class StopSignal:
     """Remembers SIGTERM and SIGINT, so that the update at hand is finished and saved before the process ends."""
 
     def __init__(self):
         self.number = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.remember)
+        self.set_handler(self.remember)
 
-    def remember(self, number, frame):
+    def remember(self, number, _frame):
         self.number = number
+
+    @staticmethod
+    def set_handler(handler):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, handler)
 
     @staticmethod
     def ignore(_worker):
         """For the processes that load data: they end with the one that they load for."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)
+        StopSignal.set_handler(signal.SIG_IGN)
 
 
 def save_weights(weights, output_dir, expert, config, lora):
     """
-    Writes trained weights as diffusers reads them.
-
-    Args:
-        weights (`dict[str, torch.Tensor]`): by the names of the parameters of the transformer.
-        output_dir, expert (`str`): weights go to `output_dir/expert/`, a LoRA to `output_dir`.
-        config (`dict`): of the transformer.
-        lora (`dict`, *optional*): from [`lora_metadata`].
-
-    Returns:
-        `Path`: the folder or the file that was written.
+    Writes trained weights, {name in the transformer: `torch.Tensor`}, as diffusers reads them: with a `lora` from
+    [`lora_metadata`] as a file, otherwise as the folder `expert` with the `config` of the transformer. Returns its path.
     """
     if lora is not None:
         layers = {name.replace(".default.", "."): weight for name, weight in weights.items()}
-        WanPipeline.save_lora_weights(
-            output_dir, transformer_lora_layers=layers, transformer_lora_adapter_metadata=lora
-        )
+        WanPipeline.save_lora_weights(output_dir, layers, transformer_lora_adapter_metadata=lora)
         return Path(output_dir, LORA_WEIGHT_NAME_SAFE)
     folder = Path(output_dir, expert)
     with torch.device("meta"):
@@ -1002,8 +924,6 @@ image.save("fox.png")
 @misc{{shen2025directlyaligningdiffusiontrajectory, year={{2025}}, eprint={{2509.06942}}, archivePrefix={{arXiv}},
   title={{Directly Aligning the Full Diffusion Trajectory with Fine-Grained Human Preference}},
   author={{Xiangwei Shen and Zhimin Li and Zhantao Yang and Shiyi Zhang and Yingfang Zhang and others}}}}
-@misc{{wan2025, year={{2025}}, eprint={{2503.20314}}, archivePrefix={{arXiv}},
-  title={{Wan: Open and Advanced Large-Scale Video Generative Models}}, author={{Team Wan and Ang Wang and others}}}}
 ```
 """
 
@@ -1057,10 +977,8 @@ def save_results(accelerator, args, transformer, dtype, repo_id, history, model)
     weights = gather_weights(accelerator, transformer, dtype)
     if accelerator.is_main_process:
         bare = accelerator.unwrap_model(transformer)
-        saved = save_weights(
-            weights, args.output_dir, args.transformer_subfolder, dict(bare.config), lora_metadata(bare)
-        )
-        logger.info(f"Saved {saved}")
+        expert, config, lora = args.transformer_subfolder, dict(bare.config), lora_metadata(bare)
+        logger.info(f"Saved {save_weights(weights, args.output_dir, expert, config, lora)}")
         if args.save_merged:
             save_merged(args, dtype)
         save_reward_curve(args.output_dir, history)
@@ -1091,17 +1009,10 @@ def with_retries(request, attempts=5):
 def upload(args, repo_id, history):
     """Uploads the output folder without its checkpoints. If that fails, the folder is whole and a message says how."""
     ignored = ["checkpoint-*", f"{args.logging_dir}/*"]
+    message = f"After {history[-1]['step']} updates" if history else "Before training"
+    options = {"commit_message": message, "ignore_patterns": ignored, "token": args.hub_token}
     try:
-        with_retries(
-            partial(
-                huggingface_hub.upload_folder,
-                repo_id=repo_id,
-                folder_path=args.output_dir,
-                commit_message=f"After {history[-1]['step']} updates" if history else "Before training",
-                ignore_patterns=ignored,
-                token=args.hub_token,
-            )
-        )
+        with_retries(lambda: huggingface_hub.upload_folder(repo_id=repo_id, folder_path=args.output_dir, **options))
     except Exception as error:  # whatever it was, the run goes on and its files are safe
         exclude = " ".join(f"--exclude '{pattern}'" for pattern in ignored)
         logger.error(f"Upload failed: {error}\nUpload later with: hf upload {repo_id} {args.output_dir} . {exclude}")
@@ -1381,13 +1292,7 @@ def weights_fingerprint(args, subfolder, file, name):
 
 def text_encoder_fingerprint(args):
     """Identifies the text encoder as `embed_prompts.py` does."""
-    return weights_fingerprint(args, "text_encoder", "model", "encoder.final_layer_norm.weight")
-
-
-def transformer_fingerprint(args):
-    """Identifies the base model that a checkpoint belongs to."""
-    weight = "blocks.0.attn1.to_q.weight"
-    return weights_fingerprint(args, args.transformer_subfolder, "diffusion_pytorch_model", weight)
+    return weights_fingerprint(args, "text_encoder", *TEXT_ENCODER_LAYER)
 
 
 def check_dataset(args, model):
@@ -1484,16 +1389,12 @@ def check_inputs(args):
 
 def check_deepspeed(args, config, num_processes):
     """Refuses a DeepSpeed file that contradicts the flags, and flags that DeepSpeed cannot follow."""
-    zero = config.get("zero_optimization", {})
-    if args.optimizer == "adamw_8bit" and zero.get("offload_optimizer", {}).get("device", "none") != "none":
-        raise ValueError(
-            "`--optimizer adamw_8bit` cannot be offloaded: DeepSpeed has an AdamW of its own for the CPU. Use "
-            "`--optimizer adamw`, or a DeepSpeed file without `offload_optimizer`."
-        )
+    if args.optimizer == "adamw_8bit":
+        cause = "joins all weights into one vector, of a size that torchao leaves in float32"
+        raise ValueError(f"`--optimizer adamw_8bit` needs a configuration without DeepSpeed, which {cause}.")
     if args.base_weights == "fp8":
         raise ValueError(
-            "`--base_weights fp8` does not work with DeepSpeed, which gives all weights one precision. Launch with "
-            "accelerate_configs/rtx4090_lora.yaml, which does without."
+            "`--base_weights fp8` needs a configuration without DeepSpeed, which has one precision for all."
         )
     rollout = args.train_batch_size * num_processes
     for name, value, flag in (
@@ -1622,8 +1523,8 @@ def main(args):
         checkpoint, state = find_checkpoint(args, run)
     first_step, history = state["global_step"], state["history"]
     logger.info(accelerator.state, main_process_only=False)
-    for library in (transformers, diffusers):
-        library.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.set_verbosity_error()
     transformers.set_seed(args.seed)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -1631,7 +1532,7 @@ def main(args):
     repo_id = args.hub_model_id or Path(args.output_dir).name
     if args.push_to_hub and accelerator.is_main_process:
         options = {"private": args.hub_private_repo, "token": args.hub_token, "exist_ok": True}
-        repo_id = with_retries(partial(huggingface_hub.create_repo, repo_id, **options)).repo_id
+        repo_id = with_retries(lambda: huggingface_hub.create_repo(repo_id, **options)).repo_id
 
     # Precision: AdamW under autocast needs the weights themselves in float32. DeepSpeed keeps float32 master weights
     # of its own, adamw_8bit rounds stochastically, and the base of a LoRA is not trained.
@@ -1662,14 +1563,25 @@ def main(args):
     scheduler = FlowMatchEulerDiscreteScheduler(shift=args.rollout_shift or model.flow_shift)
 
     optimizer = make_optimizer(args, transformer.parameters())
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
-    )
     rotary_tables = [table.clone() for table in transformer.rope.buffers()]
-    transformer, optimizer, lr_scheduler = accelerator.prepare(transformer, optimizer, lr_scheduler)
+    transformer, optimizer = accelerator.prepare(transformer, optimizer)
+    # With offload, DeepSpeed's AdamW for the CPU has replaced the optimizer; the schedule must set the rate of that one.
+    adam = optimizer.optimizer.optimizer if deepspeed else optimizer.optimizer
+    forget_powers(adam)
+    steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
+    lr_scheduler = get_scheduler(args.lr_scheduler, adam, **steps)
+    accelerator.register_for_checkpointing(lr_scheduler)
     # DeepSpeed casts a whole module to bfloat16, and three digits of a cosine are too few for a position.
     for buffer, table in zip(accelerator.unwrap_model(transformer).rope.buffers(), rotary_tables, strict=True):
         buffer.data = table.to(buffer.device)
+
+    def leave_out_frozen(_models, weights, _output_dir):
+        for state_dict in weights:  # there are none under DeepSpeed
+            for name in [name for name in state_dict if "lora_" not in name]:
+                del state_dict[name]
+
+    if args.lora_rank is not None:
+        accelerator.register_save_state_pre_hook(leave_out_frozen)
 
     # One expert paints validation images alone, from noise to image, so the pipeline needs no boundary.
     pipeline = WanPipeline(
@@ -1700,7 +1612,8 @@ def main(args):
     if checkpoint is not None:
         if validation is not None and not Path(args.output_dir, "images/step-0/scores.json").is_file():
             validate(0)  # the base model, to compare with
-        load_checkpoint(accelerator, args, checkpoint)
+        lenient = {} if args.lora_rank is None else {"load_module_strict" if deepspeed else "strict": False}
+        accelerator.load_state(str(checkpoint), **lenient)  # the frozen weights under a LoRA are there already
         logger.info(f"Resumed from {checkpoint} at step {first_step}")
     validate_if_due(first_step)
 
@@ -1730,11 +1643,14 @@ def main(args):
     velocity_fn = partial(predict_velocity, transformer, tokens_per_sample=tokens if model.expand_timesteps else None)
 
     samples_per_step = args.train_batch_size * accelerator.num_processes * accumulation
-    logger.info("***** Running training *****")
-    logger.info(f"  Num captions = {len(dataset['train'])}")
-    logger.info(f"  Total train batch size (w. parallel, distributed & accumulation) = {samples_per_step}")
-    logger.info(f"  Total optimization steps = {args.max_train_steps}")
-    logger.info(f"  Trained noise levels = {train_sigmas[0]:.3f} to {train_sigmas[-1]:.3f}")
+    for line in (
+        "***** Running training *****",
+        f"  Num captions = {len(dataset['train'])}",
+        f"  Total train batch size (w. parallel, distributed & accumulation) = {samples_per_step}",
+        f"  Total optimization steps = {args.max_train_steps}",
+        f"  Trained noise levels = {train_sigmas[0]:.3f} to {train_sigmas[-1]:.3f}",
+    ):
+        logger.info(line)
     hidden = not accelerator.is_local_main_process  # one progress bar on each machine
     progress_bar = tqdm(total=args.max_train_steps, initial=first_step, desc="Steps", disable=hidden)
     stop, stopped_by = StopSignal(), 0
@@ -1749,7 +1665,6 @@ def main(args):
         weight = 1.0
         if args.loss_weight_shift is not None:
             weight = shift_sigmas(position / args.timestep_length, args.loss_weight_shift)
-        # For what libraries draw: a LoRA's dropout and the rounding of adamw_8bit.
         torch.manual_seed(make_generator(args.seed, GLOBAL, step, accelerator.process_index).initial_seed())
 
         step_metrics = []

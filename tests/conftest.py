@@ -1,7 +1,15 @@
-"""What test files share: random models of real classes at tiny sizes, and captions embedded with one of them."""
+"""
+What test files share: random models of real classes at tiny sizes, captions embedded with one of them, a run of the
+training script in this process, and readers of what it wrote.
+"""
 
+import hashlib
+import json
 import logging
+import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 
@@ -11,6 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests st
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -27,10 +36,19 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 
 torch.set_num_threads(1)  # tensors are tiny, and results must not depend on the machine
 
-MINIATURE = Path(__file__).parent / "miniature"
+ROOT = Path(__file__).parent.parent
+MINIATURE = ROOT / "tests" / "miniature"
+TWO_RANKS = "--config_file accelerate_configs/a100x8.yaml --num_processes 2 --main_process_port 0"  # 0: any free one
 WORDS = ["a", "red", "blue", "cat", "dog", "boat", "on"]  # one token each; a prompt ends with one more, </s>
 CAPTIONS = ["a red cat", "a blue dog", "a boat", "a red boat on a blue cat", "a cat on a boat", "a dog"]
 LATENTS_MEAN, LATENTS_STD = [0.1, -0.2, 0.3, -0.4], [1.5, 0.5, 2.0, 1.25]
+MEASURED = {"seconds", "images_per_second", "peak_memory_gb"}  # what no two runs share
+
+# A tiny run of two updates without validation and events; the learning rate is large enough to see.
+QUICK = (
+    "--height 32 --width 32 --validation_size 32 --sampling_steps 2 --max_train_steps 2 --checkpointing_steps 2 "
+    "--learning_rate 1e-3 --report_to none"
+).split()
 
 
 def run_in_process(*flags, mixed_precision="no"):
@@ -49,6 +67,57 @@ def run_in_process(*flags, mixed_precision="no"):
             for handler in set(logging.getLogger().handlers) - set(handlers):
                 logging.getLogger().removeHandler(handler)
                 handler.close()
+
+
+def gradient_descent(rate):
+    """
+    Flags that make gradient descent of AdamW: its epsilon is above every gradient. AdamW itself makes of the smallest
+    gradient a step of full size, so it would show the last bits of a sum that has another order.
+    """
+    return ["--adam_epsilon", 1e4, "--learning_rate", 1e4 * rate, "--adam_weight_decay", 0]
+
+
+def load_weights(output_dir, expert="transformer_2"):
+    return load_file(Path(output_dir, expert, "diffusion_pytorch_model.safetensors"))
+
+
+def checkpoints(output_dir):
+    return sorted(path.name for path in Path(output_dir).glob("checkpoint-*"))
+
+
+def load_history(output_dir, step=2):
+    return json.loads(Path(output_dir, f"checkpoint-{step}", "trainer_state.json").read_text())["history"]
+
+
+def logged(output_dir, name, step=2):
+    """The values of a curve, one for each update."""
+    return [row[name] for row in load_history(output_dir, step) if name in row]
+
+
+def repeatable(history):
+    return [{name: value for name, value in row.items() if name not in MEASURED} for row in history]
+
+
+def read_scores(output_dir, step=0, name="reward"):
+    """Of every validation image of a step."""
+    return [row[name] for row in json.loads(Path(output_dir, f"images/step-{step}/scores.json").read_text())]
+
+
+def same_bits(weights, others):
+    return weights.keys() == others.keys() and all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+def distance(weights, others):
+    return math.sqrt(sum((weights[name].double() - others[name].double()).square().sum() for name in weights))
+
+
+def read_log(output_dir):
+    return Path(output_dir, "train.log").read_text()
+
+
+def file_hashes(folder):
+    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def make_text_encoder():
@@ -180,3 +249,70 @@ def make_args():
 
     paths = ["--pretrained_model_name_or_path", "model", "--dataset_name", "dataset", "--output_dir", "output"]
     return lambda *flags: parse_args([*paths, *map(str, flags)])
+
+
+@pytest.fixture(scope="session")
+def command(tiny_model, tiny_dataset, tiny_reward):
+    """
+    Function: an output folder and flags -> the arguments of the script. Flags override the quick ones; `prompts` are
+    `--validation_prompts`, and `None` leaves that flag out.
+    """
+
+    def make_command(output_dir, *flags, prompts=(), model=tiny_model, dataset=tiny_dataset):
+        paths = ["--pretrained_model_name_or_path", model, "--dataset_name", dataset, "--max_sequence_length", 16]
+        paths += ["--reward_model", "CLIP", "--reward_model_path", tiny_reward, "--output_dir", output_dir]
+        validation = [] if prompts is None else ["--validation_prompts", *prompts]
+        return [str(item) for item in (*paths, *QUICK, *flags, *validation)]
+
+    return make_command
+
+
+@pytest.fixture(scope="session")
+def train(command, tmp_path_factory):
+    """Function: runs the script in this process with flags and returns the output folder, a new one by default."""
+
+    def run(*flags, output_dir=None, mixed_precision="no", **inputs):
+        output_dir = Path(output_dir or tmp_path_factory.mktemp("output"))
+        run_in_process(*command(output_dir, *flags, **inputs), mixed_precision=mixed_precision)
+        return output_dir
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def plain_run(train):
+    """What two updates with none but the quick flags write: what runs with other flags are compared with."""
+    return train()
+
+
+@pytest.fixture(scope="session")
+def start(command):
+    """Function: starts the script through `accelerate launch`, writing to a folder; returns the `subprocess.Popen`."""
+
+    def run(launcher_flags, output_dir, *flags, environment=None, **inputs):
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", *map(str, launcher_flags)]
+        return subprocess.Popen(
+            [*launcher, "train_srpo_wan_t2i.py", *command(output_dir, *flags, **inputs)],
+            cwd=ROOT,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **(environment or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def launch(start, tmp_path_factory):
+    """Function: runs the script through `accelerate launch` and returns the output folder, a new one by default."""
+
+    def run(launcher_flags, *flags, output_dir=None, **inputs):
+        output_dir = Path(output_dir or tmp_path_factory.mktemp("output"))
+        process = start(launcher_flags.split(), output_dir, *flags, **inputs)
+        output, _ = process.communicate()
+        assert process.returncode == 0, output
+        return output_dir
+
+    return run

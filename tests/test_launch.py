@@ -1,7 +1,5 @@
 """What a run of `train_srpo_wan_t2i.py` leaves behind, and what each of its flags does to it."""
 
-import base64
-import hashlib
 import json
 import math
 import os
@@ -9,15 +7,26 @@ import re
 import shutil
 import subprocess
 import sys
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
-import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from conftest import CAPTIONS, run_in_process
+from conftest import (
+    CAPTIONS,
+    TWO_RANKS,
+    checkpoints,
+    distance,
+    file_hashes,
+    gradient_descent,
+    load_history,
+    load_weights,
+    logged,
+    read_log,
+    read_scores,
+    repeatable,
+    same_bits,
+)
 from datasets import load_from_disk
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -37,7 +46,6 @@ from train_srpo_wan_t2i import (
 )
 
 
-ROOT = Path(__file__).parent.parent
 TRAINING_SCALARS = {
     "loss",
     "score",
@@ -54,119 +62,6 @@ TRAINING_SCALARS = {
     "peak_memory_gb",
 }
 VALIDATION_SCALARS = {"validation_reward", "validation_relative"}
-MEASURED = {"seconds", "images_per_second", "peak_memory_gb"}  # what no two runs share
-
-# A tiny run of two updates without validation and events; the learning rate is large enough to see.
-QUICK = (
-    "--height 32 --width 32 --validation_size 32 --sampling_steps 2 --max_train_steps 2 --checkpointing_steps 2 "
-    "--learning_rate 1e-3 --report_to none"
-).split()
-
-
-def gradient_descent(rate):
-    """
-    Flags that make gradient descent of AdamW: its epsilon is above every gradient. AdamW itself makes of the smallest
-    gradient a step of full size, so it would show the last bits of a sum that has another order.
-    """
-    return ["--adam_epsilon", 1e4, "--learning_rate", 1e4 * rate, "--adam_weight_decay", 0]
-
-
-@pytest.fixture(scope="module")
-def command(tiny_model, tiny_dataset, tiny_reward):
-    """
-    Function: an output folder and flags -> the arguments of the script. Flags override the quick ones; `prompts` are
-    `--validation_prompts`, and `None` leaves that flag out.
-    """
-
-    def make_command(output_dir, *flags, prompts=(), model=tiny_model, dataset=tiny_dataset):
-        paths = ["--pretrained_model_name_or_path", model, "--dataset_name", dataset, "--max_sequence_length", 16]
-        paths += ["--reward_model", "CLIP", "--reward_model_path", tiny_reward, "--output_dir", output_dir]
-        validation = [] if prompts is None else ["--validation_prompts", *prompts]
-        return [str(item) for item in (*paths, *QUICK, *flags, *validation)]
-
-    return make_command
-
-
-@pytest.fixture(scope="module")
-def train(command, tmp_path_factory):
-    """Function: runs the script in this process with flags and returns the output folder, a new one by default."""
-
-    def run(*flags, output_dir=None, mixed_precision="no", **inputs):
-        output_dir = Path(output_dir or tmp_path_factory.mktemp("output"))
-        run_in_process(*command(output_dir, *flags, **inputs), mixed_precision=mixed_precision)
-        return output_dir
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def launch(command, tmp_path_factory):
-    """Function: runs the script through `accelerate launch` and returns the output folder, a new one."""
-
-    def run(launcher_flags, *flags, environment=None, **inputs):
-        output_dir = tmp_path_factory.mktemp("output")
-        launcher = [sys.executable, "-m", "accelerate.commands.launch", *launcher_flags.split()]
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **(environment or {})}
-        done = subprocess.run(
-            [*launcher, "train_srpo_wan_t2i.py", *command(output_dir, *flags, **inputs)],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        return output_dir
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def plain_run(train):
-    """What two updates with none but the quick flags write: what runs with other flags are compared with."""
-    return train()
-
-
-def load_weights(output_dir, expert="transformer_2"):
-    return load_file(Path(output_dir, expert, "diffusion_pytorch_model.safetensors"))
-
-
-def checkpoints(output_dir):
-    return sorted(path.name for path in Path(output_dir).glob("checkpoint-*"))
-
-
-def load_history(output_dir, step=2):
-    return json.loads(Path(output_dir, f"checkpoint-{step}", "trainer_state.json").read_text())["history"]
-
-
-def logged(output_dir, name, step=2):
-    """The values of a curve, one for each update."""
-    return [row[name] for row in load_history(output_dir, step) if name in row]
-
-
-def repeatable(history):
-    return [{name: value for name, value in row.items() if name not in MEASURED} for row in history]
-
-
-def read_scores(output_dir, step=0, name="reward"):
-    """Of every validation image of a step."""
-    return [row[name] for row in json.loads(Path(output_dir, f"images/step-{step}/scores.json").read_text())]
-
-
-def same_bits(weights, others):
-    return weights.keys() == others.keys() and all(torch.equal(weights[name], others[name]) for name in weights)
-
-
-def distance(weights, others):
-    return math.sqrt(sum((weights[name].double() - others[name].double()).square().sum() for name in weights))
-
-
-def read_log(output_dir):
-    return Path(output_dir, "train.log").read_text()
-
-
-def file_hashes(folder):
-    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def load_events(output_dir):
@@ -425,8 +320,6 @@ def test_the_card_names_settings_results_and_sources(cpu_run):
 
 # ---- Two processes. -------------------------------------------------------------------------------------------------
 
-TWO_RANKS = "--config_file accelerate_configs/a100x8.yaml --num_processes 2 --main_process_port 0"  # 0: any free one
-
 
 @pytest.fixture(scope="module")
 def zero2_run(launch):
@@ -465,13 +358,6 @@ def test_zero2_clips_gradients_to_max_grad_norm(zero2_run, tiny_model):
     base = {name: tensor.bfloat16() for name, tensor in load_weights(tiny_model).items()}
     # Two steps of 250 * 0.002, not in quite the same direction.
     assert 0.5 < distance(load_weights(zero2_run), base) < 1.05
-
-
-def test_zero2_resumes_as_if_it_had_not_stopped(zero2_run, launch):
-    flags = ["--max_grad_norm", 0.002, "--resume_from_checkpoint", zero2_run / "checkpoint-1"]
-    resumed = launch(TWO_RANKS, *gradient_descent(250), *flags)
-    assert same_bits(load_weights(resumed), load_weights(zero2_run))
-    assert repeatable(load_history(resumed)) == repeatable(load_history(zero2_run))[:3]
 
 
 EQUAL_BATCHES = [*gradient_descent(1), "--max_grad_norm", 1, "--lr_scheduler", "linear"]
@@ -886,107 +772,3 @@ def test_a_resumed_run_adds_to_the_log(train, tmp_path):
     train(output_dir=tmp_path)
     train("--max_train_steps", 3, "--resume_from_checkpoint", "latest", output_dir=tmp_path)
     assert read_log(tmp_path).count("***** Running training *****") == 2
-
-
-# ---- The Hub. -------------------------------------------------------------------------------------------------------
-
-
-class Hub(ThreadingHTTPServer):
-    """As much of the Hub as an upload needs, on this machine. It remembers what it was asked, and by whom."""
-
-    def __init__(self, broken=False):
-        super().__init__(("127.0.0.1", 0), HubRequest)
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        self.broken = broken
-        self.requests, self.files = {}, {}
-
-    def answer(self, path, body):
-        if path == "/api/repos/create":
-            return {"url": f"{self.url}/me/{body['name'].split('/')[-1]}"}
-        if path == "/api/validate-yaml":
-            return {"errors": [], "warnings": []}
-        if path.endswith("/preupload/main"):
-            modes = {"uploadMode": "regular", "shouldIgnore": False}
-            return {"files": [{"path": file["path"], **modes} for file in body["files"]]}
-        return {"commitUrl": f"{self.url}/me/fox/commit/0", "commitOid": "0"}
-
-
-class HubRequest(BaseHTTPRequestHandler):
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        lines = [json.loads(line) for line in body.splitlines()]
-        hub, path = self.server, self.path.split("?")[0]
-        hub.requests[path] = {"token": self.headers["Authorization"], "body": lines[0]}
-        for line in lines:
-            if line.get("key") == "file":
-                hub.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-        fails = hub.broken and path != "/api/repos/create"
-        answer = json.dumps({"error": "storage is full"} if fails else hub.answer(path, lines[0])).encode()
-        self.send_response(403 if fails else 200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(answer)))
-        self.end_headers()
-        self.wfile.write(answer)
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def push(train, monkeypatch, tmp_path):
-    """Function: runs the script with `--push_to_hub` and flags; returns the output folder and the [`Hub`]."""
-    hubs = []
-
-    def run(*flags, broken=False):
-        hub = Hub(broken)
-        hubs.append(hub)
-        Thread(target=hub.serve_forever).start()
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
-        return train("--push_to_hub", "--hub_token", "hf_secret", *flags, output_dir=tmp_path / "fox"), hub
-
-    yield run
-    for hub in hubs:
-        hub.shutdown()
-        hub.server_close()
-
-
-def test_a_pushed_repository_holds_the_result_but_no_checkpoints_and_logs(push):
-    output_dir, hub = push("--report_to", "tensorboard")
-    assert sorted(hub.files) == [
-        "README.md",
-        "reward.png",
-        "train.log",
-        "transformer_2/config.json",
-        "transformer_2/diffusion_pytorch_model.safetensors",
-    ]
-    assert all(content == (output_dir / name).read_bytes() for name, content in hub.files.items())
-    assert {request["token"] for request in hub.requests.values()} == {"Bearer hf_secret"}
-
-
-def test_logs_are_not_pushed_wherever_they_lie(push):
-    _, hub = push("--report_to", "tensorboard", "--logging_dir", "events")
-    assert [name for name in hub.files if name.startswith("events/")] == []
-
-
-def test_the_repository_is_named_after_the_output_folder_and_public(push):
-    output_dir, hub = push()
-    created = hub.requests["/api/repos/create"]["body"]
-    assert created["name"] == "fox" and created["visibility"] == "public"
-    assert "/api/models/me/fox/commit/main" in hub.requests
-    assert 'from_pretrained("me/fox", subfolder="transformer_2"' in (output_dir / "README.md").read_text()
-
-
-def test_the_repository_can_be_named_and_private(push):
-    _, hub = push("--hub_model_id", "me/red-fox", "--hub_private_repo")
-    created = hub.requests["/api/repos/create"]["body"]
-    assert (created["organization"], created["name"], created["visibility"]) == ("me", "red-fox", "private")
-    assert "/api/models/me/red-fox/commit/main" in hub.requests
-
-
-def test_a_failed_upload_leaves_a_whole_folder_and_says_how_to_upload_later(push):
-    output_dir, _ = push(broken=True)
-    assert "Upload failed" in read_log(output_dir)
-    assert f"Upload later with: hf upload me/fox {output_dir} . --exclude 'checkpoint-*'" in read_log(output_dir)
-    WanTransformer3DModel.from_pretrained(output_dir, subfolder="transformer_2")
-    assert (output_dir / "README.md").is_file()
