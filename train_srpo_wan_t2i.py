@@ -31,6 +31,7 @@ import logging
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import time
@@ -118,15 +119,9 @@ def shift_sigmas(sigmas, shift):
 
 def make_train_sigmas(num_inference_steps, shift, train_timestep, timestep_length):
     """
-    The noise levels that training draws from, between two steps of the sampling schedule.
-
-    Args:
-        num_inference_steps (`int`), shift (`float`): of the sampling schedule.
-        train_timestep (`tuple[int, int]`): first and last step of the window, 0 <= first < last <= steps.
-        timestep_length (`int`): number L of noise levels.
-
-    Returns:
-        `torch.Tensor` of shape (L,), float32, descending. Source: `sigmas_l` in fastvideo/SRPO.py.
+    The `timestep_length` noise levels that training draws from, (L,) float32, descending: between the first and the
+    last step of `train_timestep`, 0 <= first < last <= steps, of a sampling schedule of `num_inference_steps` steps
+    with this `shift`. Source: `sigmas_l` in fastvideo/SRPO.py.
     """
     schedule = shift_sigmas(torch.linspace(1, 0, num_inference_steps + 1), shift)
     first, last = train_timestep
@@ -140,15 +135,12 @@ def branch_sigmas(train_sigmas, position, groundtruth_ratio):
 
     Args:
         train_sigmas (`torch.Tensor` of shape (L,)): from [`make_train_sigmas`], descending.
-        position (`int`): 1 <= position < L, counted from the end of low noise.
+        position (`int`): 1 <= position < L, counted from the end of low noise; else a `ValueError` is raised.
         groundtruth_ratio (`float`): share of the window that is injected noise; the step spans the rest.
 
     Returns:
         Three pairs: denoise (sigma_from, sigma_to), inversion (sigma_from, sigma_to), and the positions at which the
         denoise and the inversion branch read their discounts. Source: fastvideo/SRPO.py.
-
-    Raises:
-        `ValueError`: if `position` is outside the grid.
     """
     length = len(train_sigmas)
     if not 1 <= position < length:
@@ -189,8 +181,8 @@ def direct_align_step(predict_velocity, x0, noise, sigma_from, sigma_to):
 
 def srp_score(image_features, positive_features, negative_features, discount):
     """
-    Semantic relative preference: how much closer an image is to one caption than to another. Features are unit-norm and
-    of shape (B, D); `discount`, a float or of shape () or (B,), is the extra weight of the positive caption. Returns
+    Semantic relative preference: how much closer an image is to one caption than to another. Features have unit norm
+    and shape (B, D); `discount`, a float or of shape () or (B,), is the extra weight of the positive caption. Returns
     <f, (1 + discount) * positive - negative> of shape (B,), `SRP_cfg` in fastvideo/SRPO.py.
     """
     positive = (image_features * positive_features).sum(-1)
@@ -312,8 +304,7 @@ def predict_velocity(transformer, latents, sigma, prompt_embeds, tokens_per_samp
         prompt_embeds (`torch.Tensor` of shape (B, L, D)): text embeddings in the type that the transformer takes.
         tokens_per_sample (`int`, *optional*): for models with `expand_timesteps`, which take a timestep per token.
 
-    Returns:
-        `torch.Tensor` of shape (B, C, T, H, W), float32: noise - x0 as the transformer sees it.
+    Returns `noise - x0` as the transformer sees it, float32, of the shape of the latents.
     """
     timestep = 1000 * torch.as_tensor(sigma, dtype=torch.float32, device=latents.device).expand(len(latents))
     if tokens_per_sample is not None:
@@ -362,8 +353,8 @@ def decode_latents(vae, latents):
     decoder's blocks are checkpointed where gradients flow: [`AutoencoderKLWan`] has no gradient checkpointing, and its
     cache of frames, which one frame does not need, would break the recomputation.
 
-    Latents of shape (B, C, 1, H, W), normalised as the transformer sees them, give a tuple: pixels, (B, 3, s * H, s * W)
-    float32 in [0, 1]; and the share of values that were clamped, (). Clamped pixels carry no gradient.
+    Latents (B, C, 1, H, W), normalised as the transformer sees them, give a tuple: pixels (B, 3, s * H, s * W) float32
+    in [0, 1]; and the share of values that were clamped, (). Clamped pixels carry no gradient.
     """
     mean, std = (
         torch.tensor(values, dtype=latents.dtype, device=latents.device).view(1, -1, 1, 1, 1)
@@ -385,9 +376,9 @@ def decode_latents(vae, latents):
 # ---- Rewards: human-preference models that see pixels and captions. -------------------------------------------------
 def preprocess_pixels(pixels, image_size, mean, std, keep_borders):
     """
-    Differentiable preprocessing for CLIP-like encoders: pixels (B, 3, H, W) in [0, 1] -> normalised by `mean` and `std`
-    of each channel, (B, 3, image_size, image_size). With `keep_borders` the longer side is fitted and the rest padded
-    with black, as HPSv2's `ResizeMaxSize` does; otherwise the centre is cropped, as CLIP's processor does.
+    Differentiable preprocessing for CLIP-like encoders: pixels (B, 3, H, W) in [0, 1] -> (B, 3, size, size),
+    normalised by the `mean` and `std` of each channel. With `keep_borders` the longer side is fitted and the rest is
+    black, as HPSv2's `ResizeMaxSize` does it; otherwise the centre is cropped, as CLIP's processor does it.
     """
     height, width = pixels.shape[-2:]
     scale = image_size / (max if keep_borders else min)(height, width)
@@ -563,14 +554,10 @@ def graded_pass(velocity_fn, vae, reward_model, x0, noise, prompt_embeds, captio
 def add_lora(transformer, args):
     """Freezes the transformer and adds a trainable LoRA to `--lora_target_modules`, which changes nothing yet."""
     transformer.requires_grad_(False)
+    options = {"lora_dropout": args.lora_dropout, "init_lora_weights": "gaussian"}
+    modules = args.lora_target_modules
     transformer.add_adapter(
-        LoraConfig(
-            r=args.lora_rank,
-            lora_alpha=args.lora_alpha or args.lora_rank,
-            lora_dropout=args.lora_dropout or 0.0,
-            init_lora_weights="gaussian",
-            target_modules=list(args.lora_target_modules or LORA_TARGET_MODULES),
-        )
+        LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=modules, **options)
     )
 
 
@@ -764,8 +751,6 @@ def describe_run(accelerator, args):
         offloads = [name for name in ("offload_param", "offload_optimizer") if name in zero]
         masters = [name for name in ("bf16_master_weights_and_grads",) if bf16.get(name)]
         engine = ", ".join([f"ZeRO-{zero['stage']}", *offloads, *masters])
-    modules = sorted(args.lora_target_modules or LORA_TARGET_MODULES)
-    lora = args.lora_rank and [args.lora_rank, args.lora_alpha or args.lora_rank, *modules]
     return {
         "engine": engine,
         "mixed_precision": accelerator.mixed_precision,
@@ -774,9 +759,14 @@ def describe_run(accelerator, args):
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "transformer_subfolder": args.transformer_subfolder,
         "base model, by a hash of its weights": weights_fingerprint(args, args.transformer_subfolder, *BASE_LAYER),
-        "LoRA rank, alpha and modules": lora,
+        "LoRA rank, alpha and modules": [args.lora_rank, args.lora_alpha, args.lora_target_modules],
         "optimizer": args.optimizer,
     }
+
+
+def leave_out_frozen(_models, weights, _output_dir):
+    """A hook of `Accelerator.save_state`: keeps of the state dicts, which DeepSpeed has not, only the LoRA."""
+    weights[:] = [{name: tensor for name, tensor in each.items() if "lora_" in name} for each in weights]
 
 
 def save_checkpoint(accelerator, args, transformer, dtype, run, step, history):
@@ -791,7 +781,7 @@ def save_checkpoint(accelerator, args, transformer, dtype, run, step, history):
         for leftover in Path(args.output_dir).glob("checkpoint-*.*"):
             shutil.rmtree(leftover)
     accelerator.wait_for_everyone()
-    # Frozen weights are those of the base model: DeepSpeed leaves them out itself, Accelerate by a hook in `main`.
+    # Frozen weights are those of the base model: DeepSpeed leaves them out itself, without it `leave_out_frozen`.
     deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     accelerator.save_state(str(unfinished), **({"exclude_frozen_parameters": True} if deepspeed else {}))
     os.sync()
@@ -863,8 +853,8 @@ class StopSignal:
 
 def save_weights(weights, output_dir, expert, config, lora):
     """
-    Writes trained weights, {name in the transformer: `torch.Tensor`}, as diffusers reads them: with a `lora` from
-    [`lora_metadata`] as a file, otherwise as the folder `expert` with the `config` of the transformer. Returns its path.
+    Writes trained weights, {name in the transformer: `torch.Tensor`}, as diffusers reads them, and returns the path: a
+    file for a LoRA with the metadata `lora`, otherwise the folder `expert` with the `config` of the transformer.
     """
     if lora is not None:
         layers = {name.replace(".default.", "."): weight for name, weight in weights.items()}
@@ -918,13 +908,8 @@ image.save("fox.png")
 |---|---|
 {settings}
 
-## Citation
-
-```bibtex
-@misc{{shen2025directlyaligningdiffusiontrajectory, year={{2025}}, eprint={{2509.06942}}, archivePrefix={{arXiv}},
-  title={{Directly Aligning the Full Diffusion Trajectory with Fine-Grained Human Preference}},
-  author={{Xiangwei Shen and Zhimin Li and Zhantao Yang and Shiyi Zhang and Yingfang Zhang and others}}}}
-```
+Method: Shen et al. 2025, *Directly Aligning the Full Diffusion Trajectory with Fine-Grained Human Preference*,
+https://arxiv.org/abs/2509.06942.
 """
 
 
@@ -993,15 +978,16 @@ def save_results(accelerator, args, transformer, dtype, repo_id, history, model)
 
 
 def with_retries(request, attempts=5):
-    """Repeats a request to the Hub after 1, 2, 4, 8 seconds, unless the Hub says that the request itself is wrong."""
+    """Repeats a request to the Hub after 1, 2, 4, 8 seconds, unless the Hub answers that the request is wrong."""
     for attempt in range(attempts):
         try:
             return request()
         except Exception as error:
-            status = getattr(getattr(error, "response", None), "status_code", None)
-            refused = status is not None and status < 500 and status not in (408, 429)
-            if refused or attempt == attempts - 1:
-                raise
+            while getattr(error, "response", None) is None and error.__cause__ is not None:
+                error = error.__cause__  # huggingface_hub wraps what the storage answers
+            status = getattr(getattr(error, "response", None), "status_code", 500)
+            if attempt == attempts - 1 or (status < 500 and status not in (408, 429)):
+                raise error
             logger.warning(f"The Hub failed: {error}\nTrying again in {2**attempt} s.")
             time.sleep(2**attempt)
 
@@ -1010,12 +996,13 @@ def upload(args, repo_id, history):
     """Uploads the output folder without its checkpoints. If that fails, the folder is whole and a message says how."""
     ignored = ["checkpoint-*", f"{args.logging_dir}/*"]
     message = f"After {history[-1]['step']} updates" if history else "Before training"
-    options = {"commit_message": message, "ignore_patterns": ignored, "token": args.hub_token}
+    options = {"commit_message": message, "ignore_patterns": [*ignored], "token": args.hub_token}
     try:
         with_retries(lambda: huggingface_hub.upload_folder(repo_id=repo_id, folder_path=args.output_dir, **options))
     except Exception as error:  # whatever it was, the run goes on and its files are safe
-        exclude = " ".join(f"--exclude '{pattern}'" for pattern in ignored)
-        logger.error(f"Upload failed: {error}\nUpload later with: hf upload {repo_id} {args.output_dir} . {exclude}")
+        exclude = [word for pattern in ignored for word in ("--exclude", pattern)]
+        command = shlex.join(["hf", "upload", repo_id, args.output_dir, ".", *exclude])
+        logger.error(f"Upload failed: {error}\nUpload later with: {command}")
 
 
 # ---- Arguments and inputs. ------------------------------------------------------------------------------------------
@@ -1146,6 +1133,9 @@ def parse_args(input_args=None):
 
     args = parser.parse_args(input_args)
     check_values(args, parser.error)
+    if args.lora_rank is not None:
+        args.lora_alpha, args.lora_dropout = args.lora_alpha or args.lora_rank, args.lora_dropout or 0.0
+        args.lora_target_modules = sorted(args.lora_target_modules or LORA_TARGET_MODULES)
     return args
 
 
@@ -1160,23 +1150,25 @@ def check_values(args, error):
     (first, last), steps = args.train_timestep, args.num_inference_steps
     if not 0 <= first < last <= steps:
         error(f"`--train_timestep {first} {last}` must be two growing steps of the {steps} `--num_inference_steps`.")
-    if args.timestep_length < 2 * POSITION_MARGIN:
-        error(f"`--timestep_length` must be at least {2 * POSITION_MARGIN}, but is {args.timestep_length}.")
-    if not 0 < args.groundtruth_ratio < 1:
-        error(f"`--groundtruth_ratio` must be between 0 and 1, but is {args.groundtruth_ratio}.")
+    for name, valid, what in (
+        ("timestep_length", args.timestep_length >= 2 * POSITION_MARGIN, f"at least {2 * POSITION_MARGIN}"),
+        ("groundtruth_ratio", 0 < args.groundtruth_ratio < 1, "between 0 and 1"),
+        ("seed", args.seed >= 0, "at least 0"),
+        ("learning_rate", args.learning_rate >= 0, "at least 0"),
+        ("lora_dropout", 0 <= (args.lora_dropout or 0) < 1, "at least 0 and below 1"),
+    ):
+        if not valid:
+            error(f"`--{name}` must be {what}, but is {getattr(args, name)}.")
     for name in ("shift", "rollout_shift", "loss_weight_shift", "max_grad_norm", "lora_alpha"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             error(f"`--{name}` must be positive, but is {getattr(args, name)}.")
-    for name in ("seed", "learning_rate"):
-        if getattr(args, name) < 0:
-            error(f"`--{name}` must not be negative, but is {getattr(args, name)}.")
     for name in ("lora_alpha", "lora_dropout", "lora_target_modules", "base_weights", "save_merged"):
         if args.lora_rank is None and getattr(args, name) not in (None, False):
             error(f"`--{name}` needs `--lora_rank`; without it there is no LoRA and all weights are trained.")
-    if args.lora_dropout is not None and not 0 <= args.lora_dropout < 1:
-        error(f"`--lora_dropout` must be at least 0 and below 1, but is {args.lora_dropout}.")
     if args.optimizer == "adamw_8bit" and importlib.util.find_spec("torchao") is None:
         error("`--optimizer adamw_8bit` needs torchao: run `pip install torchao`.")
+    if args.hub_strategy == "checkpoint" and not args.push_to_hub:
+        error("`--hub_strategy checkpoint` needs `--push_to_hub`.")
     if args.push_to_hub and not (args.hub_token or huggingface_hub.get_token()):
         error("`--push_to_hub` needs a token: run `hf auth login` or pass `--hub_token`.")
 
@@ -1205,11 +1197,7 @@ class ModelInfo(NamedTuple):
 
 def model_source(args):
     """Where to load the base model from: arguments of every `from_pretrained` and `load_config`."""
-    return {
-        "pretrained_model_name_or_path": args.pretrained_model_name_or_path,
-        "revision": args.revision,
-        "cache_dir": args.cache_dir,
-    }
+    return {name: getattr(args, name) for name in ("pretrained_model_name_or_path", "revision", "cache_dir")}
 
 
 def read_model_info(args):
@@ -1376,17 +1364,6 @@ def check_output_dir(args):
         )
 
 
-def check_inputs(args):
-    """Refuses, before any model is loaded, what cannot succeed. Returns ([`ModelInfo`], dataset)."""
-    check_output_dir(args)
-    model = read_model_info(args)
-    check_sizes(args, model)
-    check_window(args, model)
-    dataset = check_dataset(args, model)
-    check_reward(args)
-    return model, dataset
-
-
 def check_deepspeed(args, config, num_processes):
     """Refuses a DeepSpeed file that contradicts the flags, and flags that DeepSpeed cannot follow."""
     if args.optimizer == "adamw_8bit":
@@ -1486,18 +1463,11 @@ def make_validation_set(accelerator, args, dataset, dtype):
     encoded = [None]
     if missing and accelerator.is_main_process:
         logger.info(f"Encoding {len(missing)} validation prompts that are not in the dataset.")
-        pipeline = WanPipeline.from_pretrained(
-            **model_source(args),
-            variant=args.variant,
-            vae=None,
-            transformer=None,
-            transformer_2=None,
-            dtype=torch.bfloat16,
-        ).to(accelerator.device)
+        options = {"variant": args.variant, "dtype": torch.bfloat16, "vae": None, "transformer": None}
+        pipeline = WanPipeline.from_pretrained(**model_source(args), **options, transformer_2=None)
+        encode_prompt = pipeline.to(accelerator.device).encode_prompt
         with torch.no_grad():
-            encoded[0] = pipeline.encode_prompt(
-                missing, do_classifier_free_guidance=False, max_sequence_length=args.max_sequence_length
-            )[0].cpu()
+            encoded[0] = encode_prompt(missing, None, False, max_sequence_length=args.max_sequence_length)[0].cpu()
         del pipeline
     broadcast_object_list(encoded)
     embeds = dict(zip(missing, encoded[0].to(dtype), strict=True)) if missing else {}
@@ -1507,17 +1477,21 @@ def make_validation_set(accelerator, args, dataset, dtype):
     return ValidationSet(captions, torch.stack([embeds[caption] for caption in captions]), negative)
 
 
-def peak_memory_gb(device):
-    """Most memory held so far, in GB: of the accelerator, or of the process where there is none."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
 def main(args):
+    repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
+    # Refuse what cannot succeed before any model is loaded.
     with one_line_errors():
-        model, dataset = check_inputs(args)
+        check_output_dir(args)
+        model = read_model_info(args)
+        check_sizes(args, model)
+        check_window(args, model)
+        dataset = check_dataset(args, model)
+        check_reward(args)
         accelerator = make_accelerator(args)
+        if args.push_to_hub and accelerator.is_main_process:
+            options = {"private": args.hub_private_repo, "token": args.hub_token, "exist_ok": True}
+            with blame(f"`--push_to_hub` cannot create `{repo_id}`; see `--hub_model_id` and `--hub_token`"):
+                repo_id = with_retries(lambda: huggingface_hub.create_repo(repo_id, **options)).repo_id
         prepare_output_dir(accelerator, args)
         run = describe_run(accelerator, args)
         checkpoint, state = find_checkpoint(args, run)
@@ -1528,11 +1502,6 @@ def main(args):
     transformers.set_seed(args.seed)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-
-    repo_id = args.hub_model_id or Path(args.output_dir).name
-    if args.push_to_hub and accelerator.is_main_process:
-        options = {"private": args.hub_private_repo, "token": args.hub_token, "exist_ok": True}
-        repo_id = with_retries(lambda: huggingface_hub.create_repo(repo_id, **options)).repo_id
 
     # Precision: AdamW under autocast needs the weights themselves in float32. DeepSpeed keeps float32 master weights
     # of its own, adamw_8bit rounds stochastically, and the base of a LoRA is not trained.
@@ -1565,7 +1534,7 @@ def main(args):
     optimizer = make_optimizer(args, transformer.parameters())
     rotary_tables = [table.clone() for table in transformer.rope.buffers()]
     transformer, optimizer = accelerator.prepare(transformer, optimizer)
-    # With offload, DeepSpeed's AdamW for the CPU has replaced the optimizer; the schedule must set the rate of that one.
+    # With offload, DeepSpeed's AdamW for the CPU replaces the optimizer; the schedule must set the rate of that one.
     adam = optimizer.optimizer.optimizer if deepspeed else optimizer.optimizer
     forget_powers(adam)
     steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
@@ -1574,11 +1543,6 @@ def main(args):
     # DeepSpeed casts a whole module to bfloat16, and three digits of a cosine are too few for a position.
     for buffer, table in zip(accelerator.unwrap_model(transformer).rope.buffers(), rotary_tables, strict=True):
         buffer.data = table.to(buffer.device)
-
-    def leave_out_frozen(_models, weights, _output_dir):
-        for state_dict in weights:  # there are none under DeepSpeed
-            for name in [name for name in state_dict if "lora_" not in name]:
-                del state_dict[name]
 
     if args.lora_rank is not None:
         accelerator.register_save_state_pre_hook(leave_out_frozen)
@@ -1602,11 +1566,8 @@ def main(args):
 
     def validate_if_due(step):
         due = step % args.validation_steps == 0 or step == args.max_train_steps
-        if (
-            validation is not None
-            and due
-            and not any(row["step"] == step and "validation_reward" in row for row in history)
-        ):
+        done = any(row["step"] == step and "validation_reward" in row for row in history)
+        if validation is not None and due and not done:
             history.append({"step": step, **validate(step)})
 
     if checkpoint is not None:
@@ -1618,14 +1579,9 @@ def main(args):
     validate_if_due(first_step)
 
     accumulation = args.gradient_accumulation_steps
-    sampler = SampleSampler(
-        len(dataset["train"]),
-        args.seed,
-        range(first_step * accumulation, args.max_train_steps * accumulation),
-        args.train_batch_size,
-        accelerator.process_index,
-        accelerator.num_processes,
-    )
+    rollouts = range(first_step * accumulation, args.max_train_steps * accumulation)
+    share = args.train_batch_size, accelerator.process_index, accelerator.num_processes
+    sampler = SampleSampler(len(dataset["train"]), args.seed, rollouts, *share)
     dataloader = torch.utils.data.DataLoader(
         dataset["train"].select_columns(["caption", "prompt_embeds"]).with_format("numpy"),
         batch_sampler=sampler,
@@ -1700,13 +1656,17 @@ def main(args):
         if not np.isfinite(list(means.values())).all():
             raise SystemExit(f"error: not finite at step {step + 1}: {means}")
         seconds = time.perf_counter() - started
+        if accelerator.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(accelerator.device)
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         logs = {
             **means,
             "lr": float(lr_scheduler.get_last_lr()[0]),
             "sigma": branches[0].sigma_to,
             "seconds": seconds,
             "images_per_second": samples_per_step / seconds,
-            "peak_memory_gb": peak_memory_gb(accelerator.device),
+            "peak_memory_gb": peak / 1e9,
         }
         lr_scheduler.step()
         history.append({"step": (done := step + 1), **logs})
@@ -1722,20 +1682,16 @@ def main(args):
             save(done, history)
         if stopped_by:
             break
-        if args.push_to_hub and args.hub_strategy == "checkpoint" and done % args.checkpointing_steps == 0:
+        if args.hub_strategy == "checkpoint" and done % args.checkpointing_steps == 0 and done < args.max_train_steps:
             publish(history)
 
     progress_bar.close()
-    if stopped_by:
-        name = signal.Signals(stopped_by).name
-        logger.warning(
-            f"Stopped by {name} after {done} updates; all of them are saved. Continue with the same command and "
-            "`--resume_from_checkpoint latest`."
-        )
-    else:
+    if not stopped_by:
         publish(history)
     accelerator.end_training()
     if stopped_by:
+        how = "Continue with the same command and `--resume_from_checkpoint latest`."
+        logger.warning(f"Stopped by {signal.Signals(stopped_by).name} after {done} updates, which are saved. {how}")
         raise SystemExit(128 + stopped_by)
 
 

@@ -32,6 +32,7 @@ copy of the parameters that ZeRO-2 makes at the start where there is room, else 
 import argparse
 import json
 import math
+import re
 import sys
 import weakref
 from collections import Counter
@@ -71,7 +72,7 @@ STATE = "computed; not measured on this card yet"
 class Launch(NamedTuple):
     """What the YAML of `accelerate launch` and the JSON of DeepSpeed say."""
 
-    machine: str  # the first sentence of the YAML
+    machine: str  # the first words of the YAML, up to a comma or full stop
     processes: int  # on all machines together
     machines: int
     distributed_type: str
@@ -110,7 +111,7 @@ def read_launch(config_file, deepspeed_config_file=None):
         precision = "bf16"
     elif deepspeed_config_file:
         raise ValueError(f"`--deepspeed_config_file` needs `distributed_type: DEEPSPEED`, but {flag} says {kind}.")
-    machine = text.lstrip("# ").split(".")[0].replace("\n# ", " ")
+    machine = re.split("[.,]", text.lstrip("# "))[0].replace("\n# ", " ")
     return Launch(machine, processes, machines, kind, precision, deepspeed)
 
 
@@ -316,7 +317,7 @@ def measure(flags, mixed_precision, with_deepspeed):
     with fake_tensors():
         vae = AutoencoderKLWan.from_config(vae_config).requires_grad_(False).to(weight_dtype)
         reward_model = make_reward_model(args, reward_dtype)
-        frozen = sum(p.nbytes for module in (vae, reward_model) for p in (*module.parameters(), *module.buffers()))
+        frozen = sum(t.nbytes for module in (vae, reward_model) for t in (*module.parameters(), *module.buffers()))
         for count in MEASURED_LAYERS:
             transformer, dtype = make_transformer(args, launch, count)
             kinds = ((p.numel(), p.element_size(), p.requires_grad) for p in transformer.parameters())
@@ -365,11 +366,9 @@ def offloads(target):
     return device == "cpu"
 
 
-def optimizer_bytes(args, bf16, on_host):
+def optimizer_bytes(bf16, on_host):
     """Bytes of an element of the master weights, and of both of AdamW's states."""
     master = 2 if bf16.get("bf16_master_weights_and_grads") else 4
-    if args.optimizer == "adamw_8bit":
-        return master, ADAMW_8BIT
     return master, (4 if bf16.get("bf16_optimizer_states") else 8) if on_host else 2 * master
 
 
@@ -384,7 +383,7 @@ def zero2_engine(args, launch, zero, bf16, weights):
     part, largest = trained / launch.processes, max(n for n, _, is_trained in weights if is_trained)
     parameters = 2 * sum(n * count for (n, *_), count in weights.items())
     on_host = offloads(zero.offload_optimizer)
-    master, states = optimizer_bytes(args, bf16, on_host)
+    master, states = optimizer_bytes(bf16, on_host)
     buckets = 2 * zero.reduce_bucket_size * (1 + bool(zero.overlap_comm) + (launch.processes > 1))
     accumulates = args.gradient_accumulation_steps > 1
     if not on_host:
@@ -410,9 +409,9 @@ def zero2_engine(args, launch, zero, bf16, weights):
 
 def zero3_engine(args, launch, zero, bf16, weights):
     """
-    ZeRO-3, stage3.py: a part of everything. While the transformer computes, `stage3_max_live_parameters` are gathered, or as many as
-    are used again within `stage3_max_reuse_distance`. The step goes by groups of `sub_group_size`. Parameters on the
-    host are page-locked one by one first, and PyTorch keeps that memory for later.
+    ZeRO-3, stage3.py: a part of everything. While the transformer computes, `stage3_max_live_parameters` are gathered,
+    or as many as are used again within `stage3_max_reuse_distance`. The step goes by groups of `sub_group_size`.
+    Parameters on the host are page-locked one by one first, and PyTorch keeps that memory for later.
     """
     processes, persistent = launch.processes, zero.param_persistence_threshold
     kinds = [(n, count, is_trained) for (n, _, is_trained), count in weights.items()]
@@ -420,7 +419,7 @@ def zero3_engine(args, launch, zero, bf16, weights):
     trained = sum(n * count for n, count, is_trained in kinds if is_trained)
     part, small = trained / processes, sum(n * count for n, count, _ in kinds if n <= persistent)
     on_host = offloads(zero.offload_optimizer)
-    master, states = optimizer_bytes(args, bf16, on_host)
+    master, states = optimizer_bytes(bf16, on_host)
     group = min(zero.sub_group_size, part)
     gathered = min(total, max(zero.max_live_parameters, zero.max_reuse_distance) + largest)
     host = {}
@@ -449,12 +448,11 @@ def zero3_engine(args, launch, zero, bf16, weights):
 
 
 def make_engine(args, launch, weights):
-    """The [`Engine`] of a launch. `ValueError` if the DeepSpeed file and the flags contradict each other."""
+    """The [`Engine`] of a launch. `ValueError` if DeepSpeed would refuse its file."""
     if launch.deepspeed is None:
         return plain_engine(args, launch, weights)
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # slow, so only where needed
 
-    trainer.check_deepspeed(args, launch.deepspeed, launch.processes)
     with trainer.blame("The DeepSpeed file has a `zero_optimization` that DeepSpeed refuses"):
         zero = DeepSpeedZeroConfig(**launch.deepspeed["zero_optimization"])
     make = zero2_engine if zero.stage == 2 else zero3_engine
@@ -473,11 +471,8 @@ class Estimate(NamedTuple):
         return phase, sum(phases[phase].values())
 
 
-def estimate(args, flags, launch):
-    """[`Estimate`] of a run with `flags`, which parse to `args`."""
-    if launch.deepspeed is None and args.base_weights == "fp8" and launch.mixed_precision != "bf16":
-        raise ValueError("`--base_weights fp8` needs `mixed_precision: bf16`.")
-    measured = measure(tuple(flags), launch.mixed_precision, launch.deepspeed is not None)
+def estimate(args, launch, measured):
+    """[`Estimate`] of a run with `args`, launched as `launch`, from what [`measure`] found."""
     engine = make_engine(args, launch, measured.weights)
     resident = {
         "parameters": engine.parameters,
@@ -555,7 +550,10 @@ def main(input_args=None):
     with trainer.one_line_errors():
         own, flags, args = parse_args(input_args)
         launch = read_launch(own.config_file, own.deepspeed_config_file)
-        result = estimate(args, flags, launch)
+        if launch.deepspeed is not None:
+            trainer.check_deepspeed(args, launch.deepspeed, launch.processes)
+        measured = measure(tuple(flags), launch.mixed_precision, launch.deepspeed is not None)
+        result = estimate(args, launch, measured)
         row = markdown_row(own, args, flags, launch, result)
         print(row if own.markdown else report(own, args, launch, result))
 

@@ -339,11 +339,11 @@ def test_a_share_of_injected_noise_outside_0_and_1(refusal, ratio):
 
 
 def test_a_negative_seed(refusal):
-    assert refusal("--seed", -1) == "`--seed` must not be negative, but is -1."
+    assert refusal("--seed", -1) == "`--seed` must be at least 0, but is -1."
 
 
 def test_a_negative_learning_rate(refusal):
-    assert refusal("--learning_rate", -0.5) == "`--learning_rate` must not be negative, but is -0.5."
+    assert refusal("--learning_rate", -0.5) == "`--learning_rate` must be at least 0, but is -0.5."
 
 
 @pytest.mark.parametrize("name", ["shift", "rollout_shift", "loss_weight_shift", "max_grad_norm"])

@@ -164,7 +164,7 @@ def test_sigterm_finishes_the_update_saves_it_and_says_how_to_go_on(start, launc
     assert process.returncode != 0
     (checkpoint,) = checkpoints(tmp_path)
     step = int(checkpoint.split("-")[1])
-    assert f"Stopped by SIGTERM after {step} updates; all of them are saved." in output
+    assert f"Stopped by SIGTERM after {step} updates, which are saved." in output
     assert "--resume_from_checkpoint latest" in output
     launch(
         launcher("zero2"),
