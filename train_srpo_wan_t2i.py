@@ -167,8 +167,7 @@ def direct_align_step(predict_velocity, x0, noise, sigma_from, sigma_to):
         noise (`torch.Tensor` of shape (B, C, T, H, W)): standard normal noise.
         sigma_from, sigma_to (`float` or `torch.Tensor` of shape () or (B,)): noise levels in [0, 1], sigma_to < 1.
 
-    Returns:
-        `torch.Tensor` of shape (B, C, T, H, W): the recovered latents x0_hat.
+    Returns the recovered latents x0_hat, `torch.Tensor` of shape (B, C, T, H, W).
     """
     start, end = (
         torch.as_tensor(sigma, dtype=x0.dtype, device=x0.device).reshape(-1, *[1] * (x0.ndim - 1))
@@ -230,9 +229,9 @@ def make_generator(*key):
 @dataclass
 class SampleSampler:
     """
-    Batch sampler of one process. The captions of a run form one endless stream, a new shuffle of the dataset every
-    epoch, and the samples of a rollout are consecutive in it. So every process takes the same number of steps, a
-    resumed run goes on with the next caption, and a step sees the same captions on one process as on many.
+    Batch sampler of one process. The captions of a run form one endless stream, shuffled anew every epoch, and the
+    samples of a rollout are consecutive in it. So every process takes the same number of steps, a resumed run goes on
+    with the next caption, and a step sees the same captions on one process as on many.
     """
 
     dataset_size: int  # number of captions
@@ -317,7 +316,7 @@ def predict_velocity(transformer, latents, sigma, prompt_embeds, tokens_per_samp
 @torch.no_grad()
 def rollout(velocity_fn, scheduler, noise, prompt_embeds, negative_prompt_embeds, num_steps, guidance_scale):
     """
-    Paints clean latents from noise, what `WanPipeline(..., output_type="latent")` gives with this scheduler, but with
+    Paints clean latents from noise: what `WanPipeline(..., output_type="latent")` gives with this scheduler, but with
     both halves of classifier-free guidance in one batch.
 
     Args:
@@ -328,8 +327,7 @@ def rollout(velocity_fn, scheduler, noise, prompt_embeds, negative_prompt_embeds
         num_steps (`int`): steps of the scheduler.
         guidance_scale (`float`): 1.0 leaves the negative prompt out and halves the work.
 
-    Returns:
-        `torch.Tensor` of shape (B, C, T, H, W), float32: x0.
+    Returns x0, float32, of the shape of the noise.
     """
     guided = guidance_scale > 1.0
     if guided:
@@ -513,8 +511,7 @@ def graded_pass(velocity_fn, vae, reward_model, x0, noise, prompt_embeds, captio
         branches (`list[Branch]`): N branches.
         weight (`float`): factor of the loss, see `--loss_weight_shift`.
 
-    Returns:
-        A tuple: the loss, `torch.Tensor` of shape (); and metrics, a dict of detached tensors of shape ().
+    Returns the loss, `torch.Tensor` of shape (), and metrics, a dict of detached tensors of shape ().
     """
     batch, repeats = len(x0), len(branches)
     sigma_from, sigma_to, discount = (
@@ -561,8 +558,23 @@ def add_lora(transformer, args):
     )
 
 
+def partition_weights(accelerator, transformer, dtype):
+    """
+    Under ZeRO-3, casts the weights and splits them among the processes, one after the other. Left to itself, DeepSpeed
+    would first move the whole transformer to every GPU.
+    """
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    if config["zero_optimization"]["stage"] == 3:
+        import deepspeed
+
+        for parameter in transformer.parameters():
+            parameter.data = parameter.data.to(dtype)
+        needed = {name: config[name] for name in ("bf16", "zero_optimization", "train_micro_batch_size_per_gpu")}
+        deepspeed.zero.Init(module=transformer, dtype=dtype, config_dict_or_path=needed)
+
+
 def lora_metadata(transformer):
-    """What diffusers reads beside a LoRA's weights, such as its alpha; `None` for a transformer without one."""
+    """What diffusers reads beside a LoRA's weights, such as its alpha; `None` without a LoRA."""
     config = getattr(transformer, "peft_config", {}).get("default")
     return config and {name: sorted(v) if isinstance(v, set) else v for name, v in config.to_dict().items()}
 
@@ -582,8 +594,8 @@ def make_optimizer(args, parameters):
 
 def forget_powers(optimizer):
     """
-    DeepSpeed's AdamW for the CPU multiplies up the powers of its betas from step to step, and computes them when it
-    cannot, as after loading a checkpoint; the last bit differs. Made anew before each step, it always computes them.
+    DeepSpeed's AdamW for the CPU multiplies up the powers of its betas from step to step, but computes them after
+    loading a checkpoint; the last bit differs. Made anew before each step, it always computes them.
     """
 
     def make_anew(adam, _args, _kwargs):  # with no betas, which like the rate come with each step
@@ -736,21 +748,18 @@ def list_checkpoints(output_dir):
 
 def discard(folder):
     """Removes a checkpoint. It is renamed first, so that what is left if that is interrupted does not look whole."""
-    shutil.rmtree(folder.rename(f"{folder}.discarded"))
+    shutil.rmtree(folder.rename(f"{folder}.discarded.unfinished"))
 
 
 def describe_run(accelerator, args):
-    """
-    What a checkpoint and the run that continues it have in common: what decides which samples make a step, what is
-    trained, and how its state is laid out. Other flags, such as the learning rate, may change.
-    """
+    """What a checkpoint and the run that continues it must share. Other flags may change."""
     engine = "without DeepSpeed"
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         config = accelerator.state.deepspeed_plugin.deepspeed_config
-        zero, bf16 = config["zero_optimization"], config.get("bf16", {})
-        offloads = [name for name in ("offload_param", "offload_optimizer") if name in zero]
-        masters = [name for name in ("bf16_master_weights_and_grads",) if bf16.get(name)]
-        engine = ", ".join([f"ZeRO-{zero['stage']}", *offloads, *masters])
+        zero, masters = config["zero_optimization"], "bf16_master_weights_and_grads"
+        options = [name for name in ("offload_param", "offload_optimizer") if name in zero]
+        options += [masters] if config.get("bf16", {}).get(masters) else []
+        engine = ", ".join([f"ZeRO-{zero['stage']}", *options])
     return {
         "engine": engine,
         "mixed_precision": accelerator.mixed_precision,
@@ -761,11 +770,13 @@ def describe_run(accelerator, args):
         "base model, by a hash of its weights": weights_fingerprint(args, args.transformer_subfolder, *BASE_LAYER),
         "LoRA rank, alpha and modules": [args.lora_rank, args.lora_alpha, args.lora_target_modules],
         "optimizer": args.optimizer,
+        "learning rate and schedule": [args.learning_rate, args.lr_scheduler, args.lr_warmup_steps],
+        "betas, epsilon and decay": [args.adam_beta1, args.adam_beta2, args.adam_epsilon, args.adam_weight_decay],
     }
 
 
 def leave_out_frozen(_models, weights, _output_dir):
-    """A hook of `Accelerator.save_state`: keeps of the state dicts, which DeepSpeed has not, only the LoRA."""
+    """A hook of `Accelerator.save_state`: of the state dicts, of which DeepSpeed has none, it keeps only the LoRA."""
     weights[:] = [{name: tensor for name, tensor in each.items() if "lora_" in name} for each in weights]
 
 
@@ -778,10 +789,10 @@ def save_checkpoint(accelerator, args, transformer, dtype, run, step, history):
     folder = Path(args.output_dir, f"checkpoint-{step}")
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     if accelerator.is_main_process:
-        for leftover in Path(args.output_dir).glob("checkpoint-*.*"):
+        for leftover in Path(args.output_dir).glob("checkpoint-*.unfinished"):
             shutil.rmtree(leftover)
     accelerator.wait_for_everyone()
-    # Frozen weights are those of the base model: DeepSpeed leaves them out itself, without it `leave_out_frozen`.
+    # Frozen weights are those of the base model: without DeepSpeed, `leave_out_frozen` leaves them out.
     deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     accelerator.save_state(str(unfinished), **({"exclude_frozen_parameters": True} if deepspeed else {}))
     os.sync()
@@ -824,31 +835,17 @@ def find_checkpoint(args, run):
     for name, value in run.items():
         found = state.get("run", {}).get(name)
         if found != value:
-            raise ValueError(f"{folder} was made with another {name}: {found}. It cannot go on with {value}.")
+            advice = "Use the same, or start a new run."
+            raise ValueError(f"{folder} was made with another {name}: {found}. It cannot go on with {value}. {advice}")
     if state["global_step"] > args.max_train_steps:
         raise ValueError(f"{folder} is beyond `--max_train_steps {args.max_train_steps}`.")
     return folder, state
 
 
-class StopSignal:
-    """Remembers SIGTERM and SIGINT, so that the update at hand is finished and saved before the process ends."""
-
-    def __init__(self):
-        self.number = 0
-        self.set_handler(self.remember)
-
-    def remember(self, number, _frame):
-        self.number = number
-
-    @staticmethod
-    def set_handler(handler):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, handler)
-
-    @staticmethod
-    def ignore(_worker):
-        """For the processes that load data: they end with the one that they load for."""
-        StopSignal.set_handler(signal.SIG_IGN)
+def handle_stop_signals(handler, _worker=None):
+    """Sets what this process, the run or one that loads data for it, does when it gets SIGTERM or SIGINT."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
 
 
 def save_weights(weights, output_dir, expert, config, lora):
@@ -1036,10 +1033,9 @@ def parse_args(input_args=None):
              "PickScore are downloaded by default.")
     add("--reward_processor_path", help="PickScore, CLIP: folder or Hub id of the processor, if not the usual one.")
     add("--reward_dtype", choices=["fp32", "bf16"], help="Precision of the reward model. Default: that of the run.")
-    add("--positive_words", nargs="+", default=POSITIVE_WORDS,
-        help="Control words to move towards, a new one every step. The published ones suit HPS.")
-    add("--negative_words", nargs="+", default=NEGATIVE_WORDS,
-        help="Control words to move away from, a new one every step. The published ones suit HPS.")
+    words = "Control words to move {}, a new one every step. The published ones suit HPS."
+    add("--positive_words", nargs="+", default=POSITIVE_WORDS, help=words.format("towards"))
+    add("--negative_words", nargs="+", default=NEGATIVE_WORDS, help=words.format("away from"))
 
     add = parser.add_argument_group("SRPO").add_argument
     add("--branches", choices=["both", "denoise", "inversion"], default="both", help="Branches of the graded step.")
@@ -1053,10 +1049,10 @@ def parse_args(input_args=None):
     add("--timestep_length", type=int, default=1000, help="Number of noise levels in the trained window.")
     add("--groundtruth_ratio", type=float, default=0.9,
         help="Share of the window that is injected noise; the graded step spans the rest.")
-    add("--discount_pos", type=float, nargs=2, default=[0.1, 0.25], metavar=("LOW", "HIGH"),
-        help="Extra weight of the positive caption in the denoise branch, at the low- and high-noise end.")
-    add("--discount_inv", type=float, nargs=2, default=[0.3, 0.01], metavar=("LOW", "HIGH"),
-        help="Extra weight of the negative caption in the inversion branch, at the low- and high-noise end.")
+    ends = {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}
+    discount = "Extra weight of the {} caption in the {} branch, at the low- and high-noise end."
+    add("--discount_pos", **ends, default=[0.1, 0.25], help=discount.format("positive", "denoise"))
+    add("--discount_inv", **ends, default=[0.3, 0.01], help=discount.format("negative", "inversion"))
     add("--shift", type=float, default=1.0, help="Shift of the schedule that the window is cut from.")
     add("--num_inference_steps", type=int, default=40,
         help="The number of denoising steps of the schedule that the window is cut from, and of validation images.")
@@ -1099,8 +1095,7 @@ def parse_args(input_args=None):
     add("--adam_weight_decay", type=float, default=1e-4, help="Weight decay to use.")
     add("--adam_epsilon", type=float, default=1e-8, help="Epsilon value for the AdamW optimizer.")
     add("--max_grad_norm", type=float, default=0.1, help="Max gradient norm.")
-    add("--gradient_checkpointing", action="store_true",
-        help="Whether or not to use gradient checkpointing to save memory at the expense of slower backward pass.")
+    add("--gradient_checkpointing", action="store_true", help="Save memory at the expense of slower backward pass.")
     add("--allow_tf32", action="store_true", help="Whether or not to allow TF32 on Ampere and later GPUs.")
 
     add = parser.add_argument_group("validation").add_argument
@@ -1163,7 +1158,7 @@ def check_values(args, error):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             error(f"`--{name}` must be positive, but is {getattr(args, name)}.")
     for name in ("lora_alpha", "lora_dropout", "lora_target_modules", "base_weights", "save_merged"):
-        if args.lora_rank is None and getattr(args, name) not in (None, False):
+        if args.lora_rank is None and getattr(args, name) is not None and getattr(args, name) is not False:
             error(f"`--{name}` needs `--lora_rank`; without it there is no LoRA and all weights are trained.")
     if args.optimizer == "adamw_8bit" and importlib.util.find_spec("torchao") is None:
         error("`--optimizer adamw_8bit` needs torchao: run `pip install torchao`.")
@@ -1220,7 +1215,10 @@ def read_model_info(args):
         config = WanTransformer3DModel.load_config(**source, subfolder=expert)
         transformer = WanTransformer3DModel.from_config(config)
     if args.lora_rank is not None:
-        with blame("`--lora_target_modules` must name linear layers of the transformer"), torch.device("meta"):
+        for name in args.lora_target_modules:
+            if not any(f".{layer}".endswith(f".{name}") for layer, _ in transformer.named_modules()):
+                raise ValueError(f"`--lora_target_modules`: the transformer has no layer `{name}`.")
+        with blame("`--lora_target_modules` must name linear layers"), torch.device("meta"):
             add_lora(transformer, args)
     return ModelInfo(
         two_experts=two_experts,
@@ -1520,7 +1518,7 @@ def main(args):
     transformer = WanTransformer3DModel.from_pretrained(
         **source, subfolder=args.transformer_subfolder, variant=args.variant, dtype=transformer_dtype
     )
-    transformer.requires_grad_(True).eval()
+    transformer.requires_grad_(True)
     if args.lora_rank is not None:
         torch.manual_seed(args.seed)  # all processes make the same LoRA
         add_lora(transformer, args)
@@ -1529,6 +1527,9 @@ def main(args):
         transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=transformer_dtype)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
+    transformer.eval()  # a new LoRA, too: its dropout belongs to the graded step
+    if deepspeed:
+        partition_weights(accelerator, transformer, transformer_dtype)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=args.rollout_shift or model.flow_shift)
 
     optimizer = make_optimizer(args, transformer.parameters())
@@ -1542,7 +1543,7 @@ def main(args):
     accelerator.register_for_checkpointing(lr_scheduler)
     # DeepSpeed casts a whole module to bfloat16, and three digits of a cosine are too few for a position.
     for buffer, table in zip(accelerator.unwrap_model(transformer).rope.buffers(), rotary_tables, strict=True):
-        buffer.data = table.to(buffer.device)
+        buffer.data = table.to(accelerator.device)
 
     if args.lora_rank is not None:
         accelerator.register_save_state_pre_hook(leave_out_frozen)
@@ -1587,7 +1588,7 @@ def main(args):
         batch_sampler=sampler,
         collate_fn=partial(collate_fn, max_sequence_length=args.max_sequence_length, dtype=transformer_dtype),
         num_workers=args.dataloader_num_workers,
-        worker_init_fn=StopSignal.ignore,
+        worker_init_fn=partial(handle_stop_signals, signal.SIG_IGN),
     )
     batches = iter(dataloader)
     negative = collate_fn([dataset["negative"][0]], args.max_sequence_length, transformer_dtype)["prompt_embeds"]
@@ -1598,18 +1599,18 @@ def main(args):
     tokens = latent_shape[2] // model.patch_size[1] * (latent_shape[3] // model.patch_size[2])
     velocity_fn = partial(predict_velocity, transformer, tokens_per_sample=tokens if model.expand_timesteps else None)
 
+    guidance_scale = args.rollout_guidance_scale
     samples_per_step = args.train_batch_size * accelerator.num_processes * accumulation
-    for line in (
-        "***** Running training *****",
-        f"  Num captions = {len(dataset['train'])}",
-        f"  Total train batch size (w. parallel, distributed & accumulation) = {samples_per_step}",
-        f"  Total optimization steps = {args.max_train_steps}",
-        f"  Trained noise levels = {train_sigmas[0]:.3f} to {train_sigmas[-1]:.3f}",
-    ):
-        logger.info(line)
-    hidden = not accelerator.is_local_main_process  # one progress bar on each machine
-    progress_bar = tqdm(total=args.max_train_steps, initial=first_step, desc="Steps", disable=hidden)
-    stop, stopped_by = StopSignal(), 0
+    logger.info("***** Running training *****")
+    logger.info(f"  Num captions = {len(dataset['train'])}")
+    logger.info(f"  Total train batch size (w. parallel, distributed & accumulation) = {samples_per_step}")
+    logger.info(f"  Total optimization steps = {args.max_train_steps}")
+    logger.info(f"  Trained noise levels = {train_sigmas[0]:.3f} to {train_sigmas[-1]:.3f}")
+    bar = {"desc": "Steps", "disable": not accelerator.is_local_main_process}  # one on each machine
+    progress_bar = tqdm(total=args.max_train_steps, initial=first_step, **bar)
+    # A signal is remembered, so that the update at hand is finished and saved before the run ends.
+    signals, stopped_by = [0], 0
+    handle_stop_signals(lambda number, _frame: signals.append(number))
 
     for step in range(first_step, args.max_train_steps):
         started = time.perf_counter()
@@ -1632,7 +1633,6 @@ def main(args):
             noise = make_noise(args, step, samples, latent_shape).to(accelerator.device)
             with accelerator.accumulate(transformer):
                 # 3. Roll out clean latents, without gradient.
-                guidance_scale = args.rollout_guidance_scale
                 x0 = rollout(velocity_fn, scheduler, noise, embeds, negative, args.sampling_steps, guidance_scale)
                 # 4. Inject noise, step, recover, decode, score.
                 transformer.train()
@@ -1649,8 +1649,8 @@ def main(args):
                 step_metrics.append(torch.stack(list(metrics.values())))
 
         # 6. Log.
-        signal_number = torch.tensor([float(stop.number)], device=accelerator.device)
-        gathered = accelerator.gather(torch.cat([torch.stack(step_metrics).mean(0), signal_number])[None])
+        received = torch.tensor([float(signals[-1])], device=accelerator.device)
+        gathered = accelerator.gather(torch.cat([torch.stack(step_metrics).mean(0), received])[None])
         means, stopped_by = gathered[:, :-1].mean(0).tolist(), int(gathered[:, -1].max())
         means = {**dict(zip(metrics, means, strict=True)), "grad_norm": float(grad_norm)}
         if not np.isfinite(list(means.values())).all():

@@ -1,43 +1,26 @@
 #!/usr/bin/env python
 # Copyright 2026 The SRPO for Wan authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 r"""
 Say how much memory a run of train_srpo_wan_t2i.py will take, before any is spent: no weights are read.
 
     python scripts/estimate_memory.py --config_file accelerate_configs/a100x8.yaml --gradient_checkpointing
 
-All flags of the training script are understood. Figures are in GB, 1e9 bytes, as `peak_memory_gb` in the logs, but
-include the CUDA context. Say `--gpu_memory_gb` and `--host_memory_gb` for another machine than this one.
+All flags of the training script are understood. Figures are in GB, 1e9 bytes, with the CUDA context.
 
-How it knows:
-- Activations are those of the training script's own functions, run on fake tensors that have shapes but no data, with
-  every storage counted while it lives. All blocks of the transformer are equal, so 3 and 5 of them tell of any number.
-- What Accelerate, DeepSpeed and AdamW hold was read from the sources of DeepSpeed 0.19.8 and PyTorch 2.15; each figure
-  says below what it is made of.
-Not counted: workspaces of cuDNN, fragmentation, the file cache, what resuming from a checkpoint reads, and a second
-copy of the parameters that ZeRO-2 makes at the start where there is room, else on the host.
+Activations are those of the training script's own functions, run on fake tensors that have shapes but no data, with
+every storage counted while it lives. What Accelerate, DeepSpeed and AdamW hold was read from the sources of DeepSpeed
+0.19.8 and PyTorch 2.15. Not counted: workspaces of cuDNN, fragmentation, the file cache, what resuming reads, and a
+second copy of the parameters that ZeRO-2 makes at the start where there is room, else on the host.
 """
 
 import argparse
 import json
-import math
 import re
 import sys
 import weakref
 from collections import Counter
-from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -47,7 +30,6 @@ import torch
 import yaml
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, CLIPModel
 
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
@@ -59,13 +41,22 @@ import train_srpo_wan_t2i as trainer  # noqa: E402
 
 
 GB = 1e9
-CUDA_CONTEXT = 0.6 * GB  # of each process on its GPU: driver, kernels, NCCL and cuBLAS. Half a GB without NCCL.
-PROCESS = 3.0 * GB  # of each process on the host: Python, PyTorch and the host's side of CUDA
+CUDA_CONTEXT = 0.6 * GB  # of each process on its GPU: driver, kernels, NCCL and cuBLAS
+PROCESS = 3.0 * GB  # of each process on the host: Python, PyTorch, CUDA
 ADAMW_8BIT = 2 * (1 + 4 / 256)  # bytes of both states: 8 bits of each, and a float32 for every block of 256
 TIGHT = 0.95  # share of a GPU above which fragmentation may end a run that fits by the figures
-WHOLE_AT_START = True  # DeepSpeed moves the transformer to the GPU before ZeRO-3, unless `deepspeed.zero.Init` made it
-MEASURED_LAYERS = (3, 5)  # from 3 on, every phase is a line
+MEASURED_LAYERS = 3  # the first block differs from all others
 STATE = "computed; not measured on this card yet"
+
+# Phases of a run. After "forward" through the transformer, "image" is the way to the loss and back to the first
+# gradient of a weight, and "backward" the rest. "loading" and later are of the host.
+COMPUTE, HELD = "rollout forward image backward validation", ("backward step", "rollout forward image backward step")
+TRAINING, HOST_TRAINING = f"{COMPUTE} step", "training saving"
+GPU, HOST = f"start {TRAINING}", f"loading {HOST_TRAINING}"
+
+# What DeepSpeed assumes for keys that its file lacks, deepspeed/runtime/zero/config.py.
+ZERO_DEFAULTS = {"reduce_bucket_size": 5e8, "sub_group_size": 1e9, "overlap_comm": False}
+ZERO_DEFAULTS |= {"stage3_max_live_parameters": 1e9, "stage3_max_reuse_distance": 1e9}
 
 
 # ---- What is launched. ----------------------------------------------------------------------------------------------
@@ -82,33 +73,31 @@ class Launch(NamedTuple):
 
 def read_launch(config_file, deepspeed_config_file=None):
     """
-    Reads a YAML of Accelerate and the JSON of DeepSpeed, which it names unless `deepspeed_config_file` does.
-
-    Returns:
-        [`Launch`]. `ValueError` if a file is missing or says what the estimate does not know.
+    The [`Launch`] of a YAML of Accelerate and the JSON of DeepSpeed, which it names unless `deepspeed_config_file`
+    does. `ValueError` if a file is missing or says what the estimate does not know.
     """
     flag = f"`--config_file {config_file}`"
     with trainer.blame(f"{flag} is not a configuration of Accelerate"):
         text = Path(config_file).read_text()
         config = dict(yaml.safe_load(text))
-    processes, machines = config.get("num_processes", 1), config.get("num_machines", 1)
+        processes, machines = (int(config.get(name, 1)) for name in ("num_processes", "num_machines"))
+        kind, precision = config["distributed_type"], config.get("mixed_precision", "no")
     if processes < 1 or machines < 1 or processes % machines:
-        raise ValueError(f"{flag}: `num_processes` is {processes}; it must be a positive multiple of `num_machines`.")
-    kind, precision, deepspeed = str(config.get("distributed_type")), str(config.get("mixed_precision", "no")), None
+        raise ValueError(f"{flag}: `num_processes: {processes}` must be a positive multiple of `num_machines`.")
     if config.get("use_cpu") or kind not in ("NO", "MULTI_GPU", "DEEPSPEED") or precision not in ("no", "bf16"):
-        raise ValueError(
-            f"{flag}: the estimate knows GPUs, with or without DeepSpeed, and bf16 or no mixed precision."
-        )
+        raise ValueError(f"{flag}: the estimate knows GPUs in bf16 or without mixed precision.")
+    deepspeed = None
     if kind == "DEEPSPEED":
-        path = deepspeed_config_file or config.get("deepspeed_config", {}).get("deepspeed_config_file")
-        name = "--deepspeed_config_file" if deepspeed_config_file else "deepspeed_config_file"
+        path = deepspeed_config_file or (config.get("deepspeed_config") or {}).get("deepspeed_config_file")
+        name = "`--deepspeed_config_file" if deepspeed_config_file else "`deepspeed_config_file:"
         if path is None or not Path(path).is_file():
-            raise ValueError(f"`{name}: {path}` of {flag} is not a file; run this from the folder that it starts at.")
-        with trainer.blame(f"`{name} {path}` is not a configuration of DeepSpeed"):
-            deepspeed = json.loads(Path(path).read_text())
-        if not deepspeed.get("bf16", {}).get("enabled") or deepspeed["zero_optimization"]["stage"] not in (2, 3):
-            raise ValueError(f"`{name} {path}`: the estimate knows ZeRO-2 and ZeRO-3 with `bf16` enabled.")
-        precision = "bf16"
+            raise ValueError(f"{name} {path}` of {flag} is not a file; run this from the folder that it starts at.")
+        with trainer.blame(f"{name} {path}` is not a configuration of DeepSpeed that the estimate knows"):
+            deepspeed, precision = json.loads(Path(path).read_text()), "bf16"
+            zero = deepspeed["zero_optimization"]
+            devices = {(zero.get(name) or {}).get("device", "none") for name in ("offload_optimizer", "offload_param")}
+            if not (deepspeed["bf16"]["enabled"] and zero["stage"] in (2, 3) and devices <= {"none", "cpu"}):
+                raise ValueError("it knows ZeRO-2 and ZeRO-3 with `bf16`, and offload to `cpu`")
     elif deepspeed_config_file:
         raise ValueError(f"`--deepspeed_config_file` needs `distributed_type: DEEPSPEED`, but {flag} says {kind}.")
     machine = re.split("[.,]", text.lstrip("# "))[0].replace("\n# ", " ")
@@ -116,18 +105,21 @@ def read_launch(config_file, deepspeed_config_file=None):
 
 
 def parse_args(input_args=None):
-    """The script's own arguments, the rest of the flags, and what the training script makes of those."""
-    parser = argparse.ArgumentParser(
-        description="Estimate the memory of a training run.", allow_abbrev=False, epilog="And all flags of training."
-    )
+    """The script's own arguments, the rest, and what the training script makes of those. `ValueError` if refused."""
+    parser = argparse.ArgumentParser(epilog="And all flags of the training script.", allow_abbrev=False)
     parser.add_argument("--config_file", required=True, help="The file that `accelerate launch` is given.")
     parser.add_argument("--deepspeed_config_file", help="As of `accelerate launch`: instead of the one in the YAML.")
     parser.add_argument("--gpu_memory_gb", type=float, help="Memory of one GPU. Default: that of this machine's.")
     parser.add_argument("--host_memory_gb", type=float, help="Memory of one machine. Default: that of this one.")
     parser.add_argument("--markdown", action="store_true", help="Print a row of the table in README.md.")
-    own, flags = parser.parse_known_args(input_args)
     unread = ["--pretrained_model_name_or_path", "Wan-AI/Wan2.2-T2V-A14B-Diffusers", "--dataset_name", "unread"]
-    return own, flags, trainer.parse_args([*unread, *flags])
+
+    def refuse(_parser, message):
+        raise ValueError(message)  # argparse itself would print the usage as well
+
+    with mock.patch.object(argparse.ArgumentParser, "error", refuse):
+        own, flags = parser.parse_known_args(input_args)
+        return own, flags, trainer.parse_args([*unread, *flags])
 
 
 # ---- Activations: the training script's own functions on fake tensors. ----------------------------------------------
@@ -136,16 +128,15 @@ class StorageTracker(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.live, self.known, self.peaks, self.phase = 0, set(), {}, None
+        self.live, self.known, self.peaks, self.phase = 0, set(), Counter(), None
 
     def track(self, tensor):
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self.known:
-            self.known.add(key)
-            self.live += size
-            weakref.finalize(storage, self.forget, key, size)
-            self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), self.live)
+        if storage._cdata not in self.known:
+            self.known.add(storage._cdata)
+            self.live += storage.nbytes()
+            weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
+            self.peaks[self.phase] = max(self.peaks[self.phase], self.live)
 
     def forget(self, key, size):
         self.known.discard(key)
@@ -153,7 +144,7 @@ class StorageTracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
+        for leaf in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(leaf, torch.Tensor):
                 self.track(leaf)
         return result
@@ -170,13 +161,7 @@ def assign_data(module, function, recurse=True):
     return module
 
 
-@contextmanager
-def fake_tensors():
-    with mock.patch.object(torch.nn.Module, "_apply", assign_data), FakeTensorMode():
-        yield
-
-
-def make_transformer(args, launch, layers):
+def make_transformer(args, launch, layers=MEASURED_LAYERS):
     """The transformer with `layers` blocks, in the types in which script and engine hold it, and its input's type."""
     source = {**trainer.model_source(args), "subfolder": args.transformer_subfolder}
     transformer = WanTransformer3DModel.from_config(WanTransformer3DModel.load_config(**source), num_layers=layers)
@@ -194,51 +179,28 @@ def make_transformer(args, launch, layers):
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if launch.deepspeed is None and launch.mixed_precision == "bf16":
-        transformer.forward = torch.autocast("cpu", torch.bfloat16)(transformer.forward)
+        transformer.forward = torch.autocast("cpu", torch.bfloat16, cache_enabled=False)(transformer.forward)
     return transformer, dtype
 
 
-class UnreadHPS(trainer.HPSReward):
-    """HPSv2.1 without its weights and without texts, whose few tokens do not count."""
-
-    @staticmethod
-    def read_weights(path):
-        shapes = trainer.HPSReward.empty_model(trainer.HPS_ARCHITECTURE).state_dict()
-        return {name: torch.empty(tensor.shape) for name, tensor in shapes.items()}
-
-    def text_features(self, texts):
-        return torch.zeros(len(texts), self.model.text_projection.shape[1])
-
-
-class UnreadCLIP(trainer.CLIPReward):
-    """A CLIPModel without its weights and without texts."""
-
-    def __init__(self, path, dtype):
-        trainer.RewardModel.__init__(self)
-        self.model = CLIPModel(AutoConfig.from_pretrained(path))
-        self.image_size = self.model.config.vision_config.image_size
-        self.mean = self.std = (0.5, 0.5, 0.5)
-        self.freeze("cpu", dtype)
-
-    def text_features(self, texts):
-        return torch.zeros(len(texts), self.model.config.projection_dim)
-
-
 def make_reward_model(args, dtype):
-    """The reward model of `--reward_model` from its configuration. `ValueError` if that cannot be loaded."""
+    """The reward model of the flags without its weights and without texts, whose few tokens do not count."""
+    kind = trainer.HPSReward if args.reward_model == "HPS" else trainer.CLIPReward
+    reward_model = kind.__new__(kind)
+    trainer.RewardModel.__init__(reward_model)
     if args.reward_model == "HPS":
-        return UnreadHPS("unread", dtype=dtype)
-    path = args.reward_model_path or (trainer.PICKSCORE_REPOSITORY if args.reward_model == "PickScore" else None)
-    with trainer.blame(f"`--reward_model_path {path}` is not the folder or Hub id of a CLIPModel"):
-        return UnreadCLIP(path, dtype)
-
-
-class Measured(NamedTuple):
-    """What a run puts on its GPU, whatever the engine."""
-
-    weights: dict  # {(elements, bytes of an element, is trained): number of such parameters of the transformer}
-    frozen: int  # bytes of VAE and reward model
-    peaks: dict  # {phase: most bytes beyond weights}; gradients of weights are dropped as soon as they are made
+        model = kind.empty_model(trainer.HPS_ARCHITECTURE)
+        model.load_state_dict({key: torch.empty(meta.shape) for key, meta in model.state_dict().items()}, assign=True)
+        reward_model.image_size = model.visual.image_size[0]
+    else:
+        path = args.reward_model_path or (trainer.PICKSCORE_REPOSITORY if args.reward_model == "PickScore" else None)
+        with trainer.blame(f"`--reward_model_path {path}` is not the folder or Hub id of a CLIPModel"):
+            model = CLIPModel(AutoConfig.from_pretrained(path))
+        reward_model.image_size = model.config.vision_config.image_size
+    reward_model.model, reward_model.encode_texts = model, lambda texts: torch.zeros(len(texts), 1)
+    reward_model.scale, reward_model.mean, reward_model.std = 1.0, [0.5] * 3, [0.5] * 3
+    reward_model.freeze("cpu", dtype)
+    return reward_model
 
 
 def run_phases(args, model, transformer, dtype, vae, reward_model, scheduler):
@@ -246,16 +208,19 @@ def run_phases(args, model, transformer, dtype, vae, reward_model, scheduler):
     Takes one step of a rollout, one graded pass and the parts of a validation image, on fake tensors.
 
     Returns:
-        {phase: most bytes beyond weights}. After "forward" through the transformer, "image" is the way to the loss and
-        back to the first gradient of a weight, and "backward" the rest.
+        {phase: most bytes beyond weights}, where gradients of weights are dropped as soon as they are made; and the
+        bytes that each further block of the transformer keeps from "forward" to "backward".
     """
     names = ("denoise", "inversion") if args.branches == "both" else (args.branches,)
     branches = [trainer.Branch(name, sigma_from=0.6, sigma_to=0.5, discount=0.0) for name in names]  # any noise level
-    factor, batch, tracker = model.vae_scale_factor, args.train_batch_size, StorageTracker()
+    factor, batch, tracker, entered = model.vae_scale_factor, args.train_batch_size, StorageTracker(), []
     for module in (transformer, vae, reward_model):
         for tensor in (*module.eval().parameters(), *module.buffers()):
             tracker.track(tensor)
-    weights = tracker.live
+    weights, velocity = tracker.live, partial(trainer.predict_velocity, transformer)
+
+    def enter_block(*_):
+        entered.extend([tracker.live] if tracker.phase == "forward" else [])
 
     def forward_done(*_):
         tracker.phase = "image" if tracker.phase == "forward" else tracker.phase
@@ -263,299 +228,207 @@ def run_phases(args, model, transformer, dtype, vae, reward_model, scheduler):
     def drop_gradient(parameter):
         tracker.phase, parameter.grad = "backward", None
 
-    def tokens(height, width):
-        area = height // factor // model.patch_size[1] * (width // factor // model.patch_size[2])
-        return area if model.expand_timesteps else None
+    def sized(height, width):
+        latents = torch.empty(batch, model.in_channels, 1, height // factor, width // factor)
+        tokens = latents[0, 0].numel() // (model.patch_size[1] * model.patch_size[2])
+        return latents, partial(velocity, tokens_per_sample=tokens if model.expand_timesteps else None)
 
     transformer.register_forward_hook(forward_done)
-    for parameter in transformer.parameters():
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(drop_gradient)
-    velocity_fn = partial(trainer.predict_velocity, transformer, tokens_per_sample=tokens(args.height, args.width))
+    for block in transformer.blocks:
+        block.register_forward_pre_hook(enter_block)
+    for parameter in filter(lambda parameter: parameter.requires_grad, transformer.parameters()):
+        parameter.register_post_accumulate_grad_hook(drop_gradient)
     with tracker:
         tracker.phase = "rollout"
         embeds = torch.empty(batch, args.max_sequence_length, model.text_dim, dtype=dtype)
-        noise = torch.empty(batch, model.in_channels, 1, args.height // factor, args.width // factor)
+        noise, velocity_fn = sized(args.height, args.width)
         x0 = trainer.rollout(velocity_fn, scheduler, noise, embeds, embeds, 1, args.rollout_guidance_scale)
         tracker.phase = "forward"
         transformer.train()
-        captions, words = ["caption"] * batch, ("positive", "negative")
-        inputs = (velocity_fn, vae, reward_model, x0, noise, embeds, captions, words, branches, args)
-        loss, metrics = trainer.graded_pass(*inputs)
+        inputs = (vae, reward_model, x0, noise, embeds, ["caption"] * batch, ("positive", "negative"), branches, args)
+        loss, metrics = trainer.graded_pass(velocity_fn, *inputs)
         loss.backward()
         transformer.eval()
         del loss, metrics, x0, noise, inputs
         if args.validation_prompts != []:
             tracker.phase = "validation"
-            side = args.validation_size
             with torch.no_grad():  # WanPipeline runs guidance in two passes; its decoder keeps a cache
-                latents = torch.empty(batch, model.in_channels, 1, side // factor, side // factor)
-                trainer.predict_velocity(transformer, latents, 0.5, embeds, tokens(side, side))
+                latents, velocity_fn = sized(args.validation_size, args.validation_size)
+                velocity_fn(latents, 0.5, embeds)
                 vae.decode(latents.to(vae.dtype))
-    return {phase: peak - weights for phase, peak in tracker.peaks.items() if phase}
+    peaks = {phase: peak - weights for phase, peak in tracker.peaks.items() if phase}
+    return peaks, entered[2] - entered[1]
 
 
-def extrapolate(values, layers):
-    """{name: value} at each of `MEASURED_LAYERS` -> {name: `int`} at `layers`, along a line."""
-    (few, more), (low, high) = values, MEASURED_LAYERS
-    return {name: round(few[name] + (layers - low) / (high - low) * (more[name] - few[name])) for name in few}
+class Measured(NamedTuple):
+    """What a run puts on its GPU, whatever the engine."""
+
+    weights: Counter  # {(elements, bytes of an element, is trained): number of such parameters of the transformer}
+    itemsize: int  # bytes of an element as the transformer is loaded
+    frozen: int  # bytes of VAE and reward model
+    peaks: dict  # {phase: most bytes beyond weights}, as of [`run_phases`], for all layers
+
+    def total(self, each=None, trained=False):
+        """Bytes of the parameters, all or only the trained ones, if an element has `each`. Default: those it has."""
+        return sum(n * (each or b) * number for (n, b, t), number in self.weights.items() if t or not trained)
 
 
-@lru_cache
-def measure(flags, mixed_precision, with_deepspeed):
-    """[`Measured`] for a run with `flags`, a tuple of those of training. `ValueError` as the training script's."""
-    *_, args = parse_args(["--config_file", "unread", *flags])
-    launch = Launch("", 1, 1, "", mixed_precision, {} if with_deepspeed else None)
+def measure(args, launch):
+    """[`Measured`] for a run with the flags `args`. `ValueError` if the training script refuses flags or model."""
     model = trainer.read_model_info(args)
     trainer.check_sizes(args, model)
-    source = trainer.model_source(args)
+    trainer.check_window(args, model)
+    source, weights = trainer.model_source(args), Counter()
     layers = WanTransformer3DModel.load_config(**source, subfolder=args.transformer_subfolder)["num_layers"]
     vae_config = AutoencoderKLWan.load_config(**source, subfolder="vae")
-    weight_dtype = torch.bfloat16 if mixed_precision == "bf16" else torch.float32
+    weight_dtype = torch.bfloat16 if launch.mixed_precision == "bf16" else torch.float32
     reward_dtype = {None: weight_dtype, "fp32": torch.float32, "bf16": torch.bfloat16}[args.reward_dtype]
-    weights, peaks, scheduler = [], [], FlowMatchEulerDiscreteScheduler()  # reads values, which fake tensors lack
-    with fake_tensors():
+    scheduler = FlowMatchEulerDiscreteScheduler()  # reads values, which fake tensors lack
+    with mock.patch.object(torch.nn.Module, "_apply", assign_data), FakeTensorMode():
         vae = AutoencoderKLWan.from_config(vae_config).requires_grad_(False).to(weight_dtype)
         reward_model = make_reward_model(args, reward_dtype)
         frozen = sum(t.nbytes for module in (vae, reward_model) for t in (*module.parameters(), *module.buffers()))
-        for count in MEASURED_LAYERS:
-            transformer, dtype = make_transformer(args, launch, count)
-            kinds = ((p.numel(), p.element_size(), p.requires_grad) for p in transformer.parameters())
-            weights.append(Counter(kinds))
-            peaks.append(run_phases(args, model, transformer, dtype, vae, reward_model, scheduler))
-    return Measured(extrapolate(weights, layers), frozen, extrapolate(peaks, layers))
+        transformer, dtype = make_transformer(args, launch)
+        for name, p in transformer.named_parameters():
+            number = 1 if not name.startswith("blocks.") else layers if name.startswith("blocks.0.") else 0
+            weights[p.numel(), p.element_size(), p.requires_grad] += number
+        peaks, each = run_phases(args, model, transformer, dtype, vae, reward_model, scheduler)
+    for phase in ("forward", "image", "backward"):
+        peaks[phase] += each * (layers - MEASURED_LAYERS)
+    return Measured(weights, dtype.itemsize, frozen, peaks)
 
 
-# ---- What the engine holds: bytes on one GPU, and on the host for one process. --------------------------------------
-class Engine(NamedTuple):
-    parameters: float  # of the transformer, frozen ones too
-    optimizer: float  # states, and master weights where there are any
-    gradients: float  # when all are made
-    start: float = 0  # beyond parameters, before training
-    buffers: float = 0  # all the time
-    gathered: float = 0  # while the transformer computes
-    backward: float = 0  # while gradients are made
-    step: float = 0  # beyond gradients, during the optimizer step
-    host: dict = {}  # {what: bytes} while training
-
-
-def plain_engine(args, launch, weights):
+# ---- What the engine holds: rows of (what, bytes, in which phases), on one GPU, and on the host for one process. ----
+def plain_engine(args, launch, measured, largest):
     """AdamW of PyTorch, whose step makes a copy of one state, or of torchao, which goes weight by weight."""
-    gradients = sum(n * size * count for (n, size, trained), count in weights.items() if trained)
-    elements = sum(n * count for (n, _, trained), count in weights.items() if trained)
-    eight_bit = args.optimizer == "adamw_8bit"
-    return Engine(
-        parameters=sum(n * size * count for (n, size, _), count in weights.items()),
-        optimizer=elements * ADAMW_8BIT if eight_bit else 2 * gradients,
-        gradients=gradients,
-        buffers=gradients if launch.distributed_type == "MULTI_GPU" else 0,  # buckets of DistributedDataParallel
-        step=16 * max(n for n, _, trained in weights if trained) if eight_bit else gradients,  # both in float32
-    )
+    gradients, eight_bit = measured.total(trained=True), args.optimizer == "adamw_8bit"
+    return [
+        ("parameters", measured.total(), GPU),
+        ("optimizer", measured.total(ADAMW_8BIT, trained=True) if eight_bit else 2 * gradients, TRAINING),
+        ("gradients", gradients, HELD[args.gradient_accumulation_steps > 1]),
+        ("engine buffers", gradients if launch.distributed_type == "MULTI_GPU" else 0, TRAINING),  # buckets of DDP
+        ("engine buffers", 16 * largest if eight_bit else gradients, "step"),  # both states in float32
+    ]
 
 
-def page_locked(size, offload):
-    """Bytes that PyTorch takes for `size` of them: page-locked ones are rounded up to a power of two."""
-    return 2 ** math.ceil(math.log2(size)) if offload.pin_memory else size
+def locked(size, offload):
+    """Bytes that PyTorch takes for `size` on the host: page-locked memory, the default, comes in powers of two."""
+    return 2 ** (int(size) - 1).bit_length() if offload.get("pin_memory", True) else size
 
 
-def offloads(target):
-    """Whether `offload_optimizer` or `offload_param` of a DeepSpeed file moves anything to the host."""
-    device = target.device if target is not None else "none"
-    if device == "nvme":
-        raise ValueError("The estimate does not know offloading to NVMe; use `cpu`.")
-    return device == "cpu"
-
-
-def optimizer_bytes(bf16, on_host):
-    """Bytes of an element of the master weights, and of both of AdamW's states."""
-    master = 2 if bf16.get("bf16_master_weights_and_grads") else 4
-    return master, (4 if bf16.get("bf16_optimizer_states") else 8) if on_host else 2 * master
-
-
-def zero2_engine(args, launch, zero, bf16, weights):
+def zero_engine(args, launch, measured, largest):
     """
-    ZeRO-2, stage_1_and_2.py: bf16 weights whole on each GPU, and a part of the rest. At the start the part is cloned
-    on the GPU before it goes to master weights, wherever those are. Two buckets of gradients are filled in turns, and
-    gathered in a third where they go to several processes. The step makes a second copy of the gradients and of a
-    state, in the type of the master weights.
-    """
-    trained = sum(n * count for (n, _, is_trained), count in weights.items() if is_trained)
-    part, largest = trained / launch.processes, max(n for n, _, is_trained in weights if is_trained)
-    parameters = 2 * sum(n * count for (n, *_), count in weights.items())
-    on_host = offloads(zero.offload_optimizer)
-    master, states = optimizer_bytes(bf16, on_host)
-    buckets = 2 * zero.reduce_bucket_size * (1 + bool(zero.overlap_comm) + (launch.processes > 1))
-    accumulates = args.gradient_accumulation_steps > 1
-    if not on_host:
-        start, backward = (2 + master) * part, buckets + 2 * part * accumulates
-        return Engine(
-            parameters, (master + states) * part, 2 * part, start, backward=backward, step=2 * (master - 1) * part
-        )
-    pin = partial(page_locked, offload=zero.offload_optimizer)
-    gradients = pin(master * part)
-    if accumulates and master == 4:
-        parts = (pin(2 * n) * count for (n, _, is_trained), count in weights.items() if is_trained)
-        gradients += sum(parts) / launch.processes
-    return Engine(
-        parameters,
-        optimizer=0,
-        gradients=0,
-        start=2 * part,
-        buffers=2 * largest,
-        backward=buckets + 12 * largest,  # a gradient in float32 to send, and in float64 for its norm
-        host={"parameters": pin(2 * part), "gradients": gradients, "optimizer": pin(master * part) + states * part},
-    )
+    ZeRO-2, stage_1_and_2.py: bf16 weights whole on each GPU, and a part of the rest. With offload, the part is cloned
+    on the GPU before it goes to the host. Two buckets of gradients are filled in turns, and gathered in a third where
+    they go to several processes. The step copies gradients and a state in the type of the master weights.
 
-
-def zero3_engine(args, launch, zero, bf16, weights):
-    """
     ZeRO-3, stage3.py: a part of everything. While the transformer computes, `stage3_max_live_parameters` are gathered,
     or as many as are used again within `stage3_max_reuse_distance`. The step goes by groups of `sub_group_size`.
-    Parameters on the host are page-locked one by one first, and PyTorch keeps that memory for later.
+    Parameters on the host are locked one by one, and copied to a vector that is locked whatever `pin_memory` says.
     """
-    processes, persistent = launch.processes, zero.param_persistence_threshold
-    kinds = [(n, count, is_trained) for (n, _, is_trained), count in weights.items()]
-    total, largest = sum(n * count for n, count, _ in kinds), max(n for n, *_ in kinds)
-    trained = sum(n * count for n, count, is_trained in kinds if is_trained)
-    part, small = trained / processes, sum(n * count for n, count, _ in kinds if n <= persistent)
-    on_host = offloads(zero.offload_optimizer)
-    master, states = optimizer_bytes(bf16, on_host)
-    group = min(zero.sub_group_size, part)
-    gathered = min(total, max(zero.max_live_parameters, zero.max_reuse_distance) + largest)
-    host = {}
-    if offloads(zero.offload_param):
-        pin = partial(page_locked, offload=zero.offload_param)
-        single = sum(pin(2 * n / processes) * count for n, count, _ in kinds if n > persistent)
-        host["parameters"] = single + 2 ** math.ceil(math.log2(2 * part))
-        parameters = 2 * small
+    zero, bf16 = {**ZERO_DEFAULTS, **launch.deepspeed["zero_optimization"]}, launch.deepspeed["bf16"]
+    offload, on_cpu = (zero.get(name) or {} for name in ("offload_optimizer", "offload_param"))
+    moved, bucket, processes = offload.get("device") == "cpu", 2 * zero["reduce_bucket_size"], launch.processes
+    part, accumulates = measured.total(1, trained=True) / processes, args.gradient_accumulation_steps > 1
+    master = part * (2 if bf16.get("bf16_master_weights_and_grads") else 4)
+    states = 2 * master if not moved else part * (4 if bf16.get("bf16_optimizer_states") else 8)
+    if zero["stage"] == 2:
+        buffers = {"backward": bucket * (1 + bool(zero["overlap_comm"]) + (processes > 1))}
+        buffers["backward"] += 0 if moved else 2 * part * accumulates
+        buffers |= {"start": 2 * part} if moved else {"step": 2 * master - 2 * part}
+        masters, gradients = locked(master, offload), locked(master, offload) + 2 * part * accumulates
+        parameters, copy = (measured.total(2), GPU), locked(2 * part, offload) if moved else 0
     else:
-        parameters = 2 * (total / processes + small)
-    if on_host:
-        pin = partial(page_locked, offload=zero.offload_optimizer)
-        host["gradients"] = pin(2 * part) + pin(master * group) * math.ceil(part / group)
-        host["optimizer"] = (master + states) * part
-    return Engine(
-        parameters,
-        optimizer=0 if on_host else (master + states) * part,
-        gradients=0 if on_host else 2 * part,
-        start=2 * total - parameters if WHOLE_AT_START else 4 * largest,
-        buffers=2 * zero.reduce_bucket_size,
-        gathered=2 * gathered,
-        backward=2 * zero.reduce_bucket_size + (12 * largest / processes if on_host else 0),
-        step=0 if on_host else 2 * master * group,
-        host=host,
-    )
-
-
-def make_engine(args, launch, weights):
-    """The [`Engine`] of a launch. `ValueError` if DeepSpeed would refuse its file."""
-    if launch.deepspeed is None:
-        return plain_engine(args, launch, weights)
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # slow, so only where needed
-
-    with trainer.blame("The DeepSpeed file has a `zero_optimization` that DeepSpeed refuses"):
-        zero = DeepSpeedZeroConfig(**launch.deepspeed["zero_optimization"])
-    make = zero2_engine if zero.stage == 2 else zero3_engine
-    return make(args, launch, zero, launch.deepspeed["bf16"], weights)
+        groups = max(1, part / zero["sub_group_size"])
+        live = min(max(zero["stage3_max_live_parameters"], zero["stage3_max_reuse_distance"]), measured.total(1))
+        buffers = {phase: bucket + 2 * live for phase in COMPUTE.split()}
+        buffers |= {"backward": 2 * (bucket + live), "step": bucket + (0 if moved else 2 * master / groups)}
+        masters, gradients = master, locked(2 * part, offload) + groups * locked(master / groups, offload)
+        parameters, copy = (measured.total(2) / processes, GPU), 0
+        if on_cpu.get("device") == "cpu":  # PyTorch keeps locked memory for later, so the first copy counts
+            kept = [w for w in measured.weights.items() if on_cpu.get("pin_memory", True) or not w[0][2]]
+            parameters = sum(locked(2 * n / processes, on_cpu) * number for (n, *_), number in kept), HOST_TRAINING
+            copy = locked(2 * part, {})
+    if moved:  # a gradient goes to the host in float32, and in float64 for its norm
+        buffers["backward"] += 12 * largest
+    return [
+        *(("engine buffers", size, phase) for phase, size in buffers.items()),
+        ("parameters", *parameters),
+        ("parameters", copy, HOST_TRAINING),
+        ("optimizer", (masters if moved else master) + states, HOST_TRAINING if moved else TRAINING),
+        ("gradients", gradients if moved else 2 * part, HOST_TRAINING if moved else HELD[accumulates]),
+    ]
 
 
 # ---- The estimate. --------------------------------------------------------------------------------------------------
-class Estimate(NamedTuple):
-    gpu: dict  # {phase: {what: bytes}} on the fullest GPU
-    host: dict  # {phase: {what: bytes}} on the fullest machine
-
-    @staticmethod
-    def peak(phases):
-        """The phase that takes most, and its bytes."""
-        phase = max(phases, key=lambda name: sum(phases[name].values()))
-        return phase, sum(phases[phase].values())
-
-
 def estimate(args, launch, measured):
-    """[`Estimate`] of a run with `args`, launched as `launch`, from what [`measure`] found."""
-    engine = make_engine(args, launch, measured.weights)
-    resident = {
-        "parameters": engine.parameters,
-        "optimizer": engine.optimizer,
-        "frozen models": measured.frozen,
-        "engine buffers": engine.buffers,
-        "CUDA context": CUDA_CONTEXT,
-    }
-    gpu = {"start": {**resident, "optimizer": 0, "engine buffers": engine.start}}
-    carried = engine.gradients if args.gradient_accumulation_steps > 1 else 0
-    for phase, peak in measured.peaks.items():
-        gradients = {"backward": engine.gradients, "validation": 0}.get(phase, carried)
-        buffers = engine.buffers + engine.gathered + (engine.backward if phase == "backward" else 0)
-        gpu[phase] = {**resident, "engine buffers": buffers, "gradients": gradients, "activations": peak}
-    gpu["step"] = {**resident, "gradients": engine.gradients, "engine buffers": engine.buffers + engine.step}
-
-    processes = launch.processes // launch.machines
-    host_resident = {name: processes * size for name, size in (*engine.host.items(), ("processes", PROCESS))}
+    """
+    {phase: {what: bytes}} of a run with `args`, launched as `launch`, from what [`measure`] found: on the fullest GPU
+    in the phases of `GPU`, on the fullest machine in those of `HOST`. `ValueError` if the engine is not known so.
+    """
+    engine, local = plain_engine if launch.deepspeed is None else zero_engine, launch.processes // launch.machines
+    with trainer.blame("The estimate does not know what the DeepSpeed file says"):
+        rows = engine(args, launch, measured, max(n for n, _, trained in measured.weights if trained))
     itemsize = 2 if launch.mixed_precision == "bf16" else 4
-    trained = sum(n * count for (n, _, is_trained), count in measured.weights.items() if is_trained)
-    total = sum(n * count for (n, *_), count in measured.weights.items())
-    full_precision = launch.deepspeed is None and args.optimizer == "adamw" and args.lora_rank is None
-    loading = processes * total * (4 if full_precision else itemsize)
-    saving = itemsize * (trained + (total if args.save_merged else 0))
-    host = {
-        "loading": {"processes": processes * PROCESS, "expert, read by each process": loading},
-        "training": host_resident,
-        "saving": {**host_resident, "weights, put together": saving},
-    }
-    return Estimate(gpu, host)
+    saved = measured.total(itemsize, trained=True) + (measured.total(itemsize) if args.save_merged else 0)
+    rows += [
+        ("frozen models", measured.frozen, GPU),
+        ("CUDA context", CUDA_CONTEXT, GPU),
+        *(("activations", peak, phase) for phase, peak in measured.peaks.items()),
+        ("processes", PROCESS, HOST),
+        ("expert, read by each process", measured.total(measured.itemsize), "loading"),
+        ("weights, put together by one process", saved / local, "saving"),
+    ]
+    table = {phase: Counter() for phase in f"{GPU} {HOST}".split()}
+    for what, size, phases in rows:
+        for phase in phases.split():
+            table[phase][what] += size * (local if phase in HOST.split() else 1)
+    return table
 
 
-def verdict(name, need, memory):
-    """One line on whether `need` bytes fit into `memory` GB, `None` if that is unknown."""
-    if memory is None:
-        return f"{name}: {need / GB:.1f} GB needed; there is none here, so say `--gpu_memory_gb`."
-    fits = "does not fit" if need > memory * GB else "fits" if need <= TIGHT * memory * GB else "fits barely"
-    return f"{name}: {fits}: {need / GB:.1f} of {memory:.1f} GB."
+def fullest(table, side):
+    """The phase of `side`, `GPU` or `HOST`, that takes most, and its bytes."""
+    return max(((phase, sum(table[phase].values())) for phase in side.split()), key=lambda pair: pair[1])
 
 
-def report(own, args, launch, result):
+def report(own, launch, table):
     """What the script prints: what is where in the fullest phase, all phases, and whether it fits."""
-    (gpu_phase, gpu_need), (host_phase, host_need) = map(result.peak, result)
-    lines = [f"{own.config_file}: {launch.processes} processes on {launch.machines} machine(s)."]
-    for name, phases, phase, need in (
-        ("Each GPU", result.gpu, gpu_phase, gpu_need),
-        ("Each machine", result.host, host_phase, host_need),
-    ):
-        lines.append(f"\n{name}, in GB, when it is fullest ({phase}):")
-        lines += [f"  {what:<30}{size / GB:8.1f}" for what, size in phases[phase].items() if size]
-        lines.append(f"  {'total':<30}{need / GB:8.1f}")
-        lines.append("  by phase: " + ", ".join(f"{key} {sum(phases[key].values()) / GB:.1f}" for key in phases))
-    gpu_memory, host_memory = own.gpu_memory_gb, own.host_memory_gb
+    lines, verdicts = [f"{own.config_file}: {launch.processes} processes on {launch.machines} machine(s)."], [""]
+    gpu_memory, host_memory = own.gpu_memory_gb, own.host_memory_gb or psutil.virtual_memory().total / GB
     if gpu_memory is None and torch.cuda.is_available():
         gpu_memory = torch.cuda.get_device_properties(0).total_memory / GB
-    host_memory = host_memory or psutil.virtual_memory().total / GB
-    return "\n".join([*lines, "", verdict("GPU", gpu_need, gpu_memory), verdict("Host", host_need, host_memory)])
+    for name, side, memory in (("GPU", GPU, gpu_memory), ("Host", HOST, host_memory)):
+        phase, need = fullest(table, side)
+        lines.append(f"\nEach {name}, in GB, when it is fullest ({phase}):")
+        rows = {**{what: size for what, size in table[phase].items() if size}, "total": need}
+        lines += [f"  {what:<36}{size / GB:8.1f}" for what, size in rows.items()]
+        lines.append("  by phase: " + ", ".join(f"{key} {sum(table[key].values()) / GB:.1f}" for key in side.split()))
+        limit = (memory or 0) * GB
+        fits = "does not fit" if need > limit else "fits" if need <= TIGHT * limit else "fits barely"
+        verdicts.append(f"{name}: {fits}: {need / GB:.1f} of {limit / GB:.1f} GB.")
+    return "\n".join([*lines, *verdicts])
 
 
-def markdown_row(own, args, flags, launch, result):
+def markdown_row(own, args, flags, launch, table):
     """The row of the table in README.md for this run."""
     use = "full" if args.lora_rank is None else f"LoRA, rank {args.lora_rank}"
-    model = (
-        flags.index("--pretrained_model_name_or_path") if "--pretrained_model_name_or_path" in flags else len(flags)
-    )
-    shown = flags[:model] + flags[model + 2 :]
+    shown = " ".join(flags).replace(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}", "")
     if own.deepspeed_config_file:
-        shown = ["--deepspeed_config_file", own.deepspeed_config_file, *shown]
-    gpu, host = (f"{result.peak(phases)[1] / GB:.1f}" for phases in result)
-    shown = f"`{' '.join(shown)}`" if shown else ""
-    return f"| {launch.machine} | {use} | `{own.config_file}` | {shown} | {gpu} | {host} | {STATE} |"
+        shown = f"--deepspeed_config_file {own.deepspeed_config_file} {shown}"
+    gpu, host = (f"{fullest(table, side)[1] / GB:.1f}" for side in (GPU, HOST))
+    cells = launch.machine, use, f"`{own.config_file}`", f"`{' '.join(shown.split())}`", gpu, host, STATE
+    return f"| {' | '.join(cells)} |"
 
 
 def main(input_args=None):
+    trainer.diffusers.utils.logging.set_verbosity_error()
     with trainer.one_line_errors():
         own, flags, args = parse_args(input_args)
         launch = read_launch(own.config_file, own.deepspeed_config_file)
         if launch.deepspeed is not None:
             trainer.check_deepspeed(args, launch.deepspeed, launch.processes)
-        measured = measure(tuple(flags), launch.mixed_precision, launch.deepspeed is not None)
-        result = estimate(args, launch, measured)
-        row = markdown_row(own, args, flags, launch, result)
-        print(row if own.markdown else report(own, args, launch, result))
+        table = estimate(args, launch, measure(args, launch))
+        print(markdown_row(own, args, flags, launch, table) if own.markdown else report(own, launch, table))
 
 
 if __name__ == "__main__":

@@ -2,13 +2,13 @@
 # Copyright 2026 The SRPO for Wan authors. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
 """
-Turn a checkpoint of a run into what diffusers loads: `transformer_2/`, or `pytorch_lora_weights.safetensors` of a LoRA.
+Turn a checkpoint of a run into what diffusers loads: `transformer_2/`, or a LoRA's `pytorch_lora_weights.safetensors`.
 
     python scripts/export_checkpoint.py outputs/srpo/checkpoint-20 --output_dir exported
 
-It works with every engine of `accelerate_configs/`, whatever number of processes the run had, on one CPU. The shards of
-DeepSpeed are put together by DeepSpeed's own `zero_to_fp32`; for the 14B expert that takes 57 GB of memory, its size in
-float32.
+It works with every engine of `accelerate_configs/`, whatever number of processes the run had, on one CPU. The shards
+of DeepSpeed are put together by DeepSpeed's own `zero_to_fp32`; for the 14B expert that takes 57 GB of memory, its
+size in float32.
 """
 
 import argparse
@@ -37,7 +37,8 @@ def read_state(checkpoint):
     """What `trainer_state.json` of a checkpoint says. `ValueError` if the checkpoint is incomplete."""
     with blame(f"`{checkpoint}` is not a complete checkpoint of train_srpo_wan_t2i.py; name a folder checkpoint-N"):
         state = json.loads(Path(checkpoint, "trainer_state.json").read_text())
-        return {name: state[name] for name in ("global_step", "run", "expert", "config", "lora", "dtype")}
+        names = ("global_step", "expert", "config", "lora", "dtype")
+        return {"engine": state["run"]["engine"], **{name: state[name] for name in names}}
 
 
 def read_weights(checkpoint, engine):
@@ -47,12 +48,7 @@ def read_weights(checkpoint, engine):
             # The tag is the folder that Accelerate lets DeepSpeed write into. Lazy tensors are put together by and by.
             options = {"exclude_frozen_parameters": True, "lazy_mode": True}
             return get_fp32_state_dict_from_zero_checkpoint(checkpoint, "pytorch_model", **options)
-        index = Path(checkpoint, "model.safetensors.index.json")
-        files = {"model.safetensors"}
-        if index.is_file():
-            files = set(json.loads(index.read_text())["weight_map"].values())
-        weights = {name: weight for file in files for name, weight in load_file(Path(checkpoint, file)).items()}
-        return {name.removeprefix("module."): weight for name, weight in weights.items()}  # of several processes
+        return load_file(Path(checkpoint, "model.safetensors"))
 
 
 def main(args):
@@ -61,7 +57,7 @@ def main(args):
         output = Path(args.output_dir)
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise ValueError(f"`--output_dir {output}` is there already. Choose one that is new or empty.")
-        weights = read_weights(args.checkpoint, state["run"]["engine"])
+        weights = read_weights(args.checkpoint, state["engine"])
     dtype = getattr(torch, state["dtype"])
     weights = {name: weight.contiguous().to(dtype) for name, weight in weights.items()}
     saved = save_weights(weights, output, state["expert"], state["config"], state["lora"])

@@ -67,7 +67,7 @@ def test_the_expert_has_14_billion_parameters():
 
 def test_activations_of_the_graded_pass():
     peaks = {phase: round(peak / 1e9, 2) for phase, peak in measure(CHECKPOINTING, "bf16", True).peaks.items()}
-    assert peaks == {"rollout": 0.27, "forward": 1.1, "image": 5.53, "backward": 1.97, "validation": 3.63}
+    assert peaks == {"rollout": 0.28, "forward": 1.12, "image": 5.53, "backward": 1.97, "validation": 3.63}
 
 
 def test_zero2_splits_all_but_the_weights():

@@ -441,7 +441,7 @@ def test_latest_in_an_empty_folder_starts_at_step_0_with_a_warning(train, plain_
 def test_a_run_cannot_go_on_with_other_batches(train, four_steps, tmp_path, name, value):
     more = ["--max_train_steps", 4, "--train_batch_size", 2, "--resume_from_checkpoint", four_steps / "checkpoint-2"]
     was = {"train_batch_size": 2, "gradient_accumulation_steps": 1}[name]
-    message = f"error: {four_steps}/checkpoint-2 was made with `{name}` {was}; it cannot go on with {value}."
+    message = f"error: {four_steps}/checkpoint-2 was made with another {name}: {was}. It cannot go on with {value}."
     with pytest.raises(SystemExit, match=re.escape(message)):
         train(*more, f"--{name}", value, output_dir=tmp_path)
 

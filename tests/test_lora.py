@@ -293,8 +293,8 @@ def test_gradient_checkpointing_gives_the_same_lora(train, flags):
 # ---- Dropout. -------------------------------------------------------------------------------------------------------
 
 
-def test_dropout_changes_the_graded_pass_and_no_rollout(train, lora_run):
-    more = ["--max_train_steps", 3, "--resume_from_checkpoint", lora_run / "checkpoint-2"]
+def test_dropout_changes_the_graded_pass_and_no_rollout(train, quick_lora):
+    more = ["--max_train_steps", 3, "--resume_from_checkpoint", quick_lora / "checkpoint-2"]
     velocities = []
     for flags in (LORA, DROPOUT):
         with watch_transformer() as passes:
@@ -356,9 +356,9 @@ def test_two_updates_and_two_more_are_four_bit_for_bit(train, flags, mixed_preci
     assert repeatable(load_history(output_dir, 4)) == repeatable(load_history(whole, 4))
 
 
-def test_resuming_a_finished_run_writes_the_same_lora_again(train, lora_run):
-    again = train(*LORA, "--resume_from_checkpoint", lora_run / "checkpoint-2")
-    assert same_bits(load_lora(again), load_lora(lora_run))
+def test_resuming_a_finished_run_writes_the_same_lora_again(train, quick_lora):
+    again = train(*LORA, "--resume_from_checkpoint", quick_lora / "checkpoint-2")
+    assert same_bits(load_lora(again), load_lora(quick_lora))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,275 @@
+"""
+`scripts/export_checkpoint.py`, without DeepSpeed: an exported checkpoint is what the run saved, bit for bit; what is
+incomplete or in the way is refused in one line, and nothing is written.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, file_hashes, load_weights, same_bits
+from export_checkpoint import main, parse_args
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from diffusers import WanPipeline, WanTransformer3DModel
+
+
+TWO_PROCESSES = "--multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0 --dynamo_backend no"
+LORA = "--lora_rank 4 --lora_alpha 8"
+
+
+def export(checkpoint, output_dir):
+    main(parse_args([str(checkpoint), "--output_dir", str(output_dir)]))
+    return output_dir
+
+
+def read_result(output_dir):
+    """
+    What was trained, {path: content}, of the files of the expert or of the LoRA. The content of tensors is their
+    metadata, dtypes, shapes and bits; safetensors writes metadata in any order.
+    """
+    content = {}
+    for path in sorted([*Path(output_dir).glob("transformer_2/*"), *Path(output_dir).glob("pytorch_lora*")]):
+        name = str(path.relative_to(output_dir))
+        if path.suffix != ".safetensors":
+            content[name] = path.read_text()
+            continue
+        with safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            content[name] = file.metadata(), {key: (t.dtype, t.shape, t.tolist()) for key, t in tensors.items()}
+    return content
+
+
+# ---- What is exported. ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        "one process",
+        "one process, bf16",
+        "one process, bf16, --optimizer adamw_8bit",
+        f"one process, {LORA}",
+        f"one process, bf16, {LORA}",
+        "two processes",
+        f"two processes, bf16, {LORA}",
+    ],
+)
+def run(request, train, launch):
+    """The output folder of a run of two updates with a checkpoint after each."""
+    processes, *more = request.param.split(", ")
+    precision = "bf16" if "bf16" in more else "no"
+    flags = ["--checkpointing_steps", 1, *(flag for part in more if part != "bf16" for flag in part.split())]
+    if "adamw_8bit" in flags:
+        pytest.importorskip("torchao")
+    if processes == "one process":
+        folder = train(*flags, mixed_precision=precision)
+    else:
+        launcher = f"{TWO_PROCESSES} --mixed_precision {precision}"
+        folder = launch(launcher, *flags, environment={"ACCELERATE_USE_CPU": "true"})
+    return folder
+
+
+def test_an_exported_checkpoint_is_what_the_run_saved_bit_for_bit(run, tmp_path):
+    exported = export(run / "checkpoint-2", tmp_path / "exported")
+    assert read_result(exported) == read_result(run) != {}
+    assert file_hashes(exported).keys() == read_result(run).keys(), "and nothing else"
+
+
+def test_an_earlier_checkpoint_has_other_weights(run, tmp_path):
+    (earlier,) = export(run / "checkpoint-1", tmp_path / "earlier").rglob("*.safetensors")
+    (last,) = export(run / "checkpoint-2", tmp_path / "last").rglob("*.safetensors")
+    assert load_file(earlier).keys() == load_file(last).keys()
+    assert not same_bits(load_file(earlier), load_file(last))
+
+
+def test_a_checkpoint_is_left_as_it_is(run, tmp_path):
+    before = file_hashes(run)
+    export(run / "checkpoint-2", tmp_path / "exported")
+    assert file_hashes(run) == before
+
+
+def test_diffusers_loads_an_exported_expert(plain_run, tmp_path):
+    export(plain_run / "checkpoint-2", tmp_path)
+    expert = WanTransformer3DModel.from_pretrained(tmp_path, subfolder="transformer_2")
+    assert same_bits(expert.state_dict(), load_weights(plain_run))
+
+
+def test_diffusers_loads_an_exported_lora(train, tiny_model, tmp_path):
+    folder = train(*LORA.split())
+    pipe = WanPipeline.from_pretrained(tiny_model)
+    pipe.load_lora_weights(export(folder / "checkpoint-2", tmp_path), load_into_transformer_2=True)
+    config = pipe.transformer_2.peft_config["default_0"]
+    assert (config.r, config.lora_alpha) == (4, 8)
+    loaded = {name: weight for name, weight in pipe.transformer_2.state_dict().items() if "lora_" in name}
+    loaded = {f"transformer.{name.replace('.default_0.', '.')}": weight for name, weight in loaded.items()}
+    assert same_bits(loaded, load_file(folder / "pytorch_lora_weights.safetensors"))
+
+
+def test_a_run_in_bf16_is_exported_in_bf16(train, tmp_path):
+    folder = train(mixed_precision="bf16")
+    trained = load_file(folder / "checkpoint-2/model.safetensors")
+    export(folder / "checkpoint-2", tmp_path)
+    assert {weight.dtype for weight in trained.values()} == {torch.float32}
+    assert {weight.dtype for weight in load_weights(tmp_path).values()} == {torch.bfloat16}
+
+
+def test_the_other_expert_is_exported_under_its_name(train, tiny_one_expert_model, embed, tmp_path):
+    dataset = embed(tiny_one_expert_model, ["a red cat", "a boat"])
+    flags = ["--transformer_subfolder", "transformer"]
+    folder = train(*flags, model=tiny_one_expert_model, dataset=dataset)
+    export(folder / "checkpoint-2", tmp_path)
+    assert file_hashes(tmp_path / "transformer") == file_hashes(folder / "transformer")
+    assert [path.name for path in tmp_path.iterdir()] == ["transformer"]
+
+
+# ---- As a command. --------------------------------------------------------------------------------------------------
+
+
+def run_command(folder, *arguments):
+    """Runs the script in a folder, without GPU and without what a launcher says of other processes."""
+    rendezvous = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    environment = {name: value for name, value in os.environ.items() if name not in rendezvous}
+    return subprocess.run(
+        [sys.executable, ROOT / "scripts/export_checkpoint.py", *arguments],
+        cwd=folder,
+        env={**environment, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_command_works_in_any_folder_and_says_what_it_wrote(plain_run, tmp_path):
+    shutil.copytree(plain_run / "checkpoint-2", tmp_path / "checkpoint-2")
+    done = run_command(tmp_path, "checkpoint-2", "--output_dir", "exported")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "Wrote exported/transformer_2, the weights after 2 updates."
+    assert read_result(tmp_path / "exported") == read_result(plain_run)
+
+
+def test_the_command_ends_with_the_message_and_without_a_traceback(tmp_path):
+    done = run_command(tmp_path, "nothing", "--output_dir", "exported")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: `nothing` is not a complete checkpoint")
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- What is refused. -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoint(plain_run, tmp_path):
+    """A copy of a complete checkpoint to change or spoil."""
+    return Path(shutil.copytree(plain_run / "checkpoint-2", tmp_path / "checkpoint-2"))
+
+
+@pytest.fixture
+def refusal(tmp_path):
+    """Function: a checkpoint that must be refused -> the message. Fails if it is not one line or a file changes."""
+
+    def refuse(checkpoint, output_dir=tmp_path / "exported"):
+        before = file_hashes(tmp_path), sorted(tmp_path.rglob("*"))
+        with pytest.raises(SystemExit) as caught:
+            export(checkpoint, output_dir)
+        assert (file_hashes(tmp_path), sorted(tmp_path.rglob("*"))) == before
+        assert re.fullmatch("error: .*", caught.value.code), "one line, which makes Python exit with 1"
+        return caught.value.code.removeprefix("error: ")
+
+    return refuse
+
+
+def edit_state(checkpoint, **values):
+    file = checkpoint / "trainer_state.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def assert_names_the_incomplete(message, checkpoint):
+    problem = "is not a complete checkpoint of train_srpo_wan_t2i.py; name a folder checkpoint-N: "
+    assert message.startswith(f"`{checkpoint}` {problem}")
+
+
+def test_a_checkpoint_without_its_state(refusal, checkpoint):
+    (checkpoint / "trainer_state.json").unlink()
+    assert_names_the_incomplete(refusal(checkpoint), checkpoint)
+
+
+def test_a_checkpoint_whose_state_is_cut_off(refusal, checkpoint):
+    state = (checkpoint / "trainer_state.json").read_text()
+    (checkpoint / "trainer_state.json").write_text(state[: len(state) // 2])
+    assert_names_the_incomplete(refusal(checkpoint), checkpoint)
+
+
+@pytest.mark.parametrize("name", ["global_step", "run", "expert", "config", "lora", "dtype"])
+def test_a_checkpoint_of_a_version_that_wrote_less(refusal, checkpoint, name):
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    del state[name]
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    message = refusal(checkpoint)
+    assert_names_the_incomplete(message, checkpoint)
+    assert message.endswith(f"'{name}'")
+
+
+def test_a_checkpoint_that_does_not_say_its_engine(refusal, checkpoint):
+    edit_state(checkpoint, run={})
+    assert_names_the_incomplete(refusal(checkpoint), checkpoint)
+
+
+def test_a_checkpoint_without_its_weights(refusal, checkpoint):
+    (checkpoint / "model.safetensors").unlink()
+    assert refusal(checkpoint).startswith(f"`{checkpoint}` lacks files, or cannot be read: ")
+
+
+def test_a_checkpoint_whose_weights_are_cut_off(refusal, checkpoint):
+    weights = (checkpoint / "model.safetensors").read_bytes()
+    (checkpoint / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    assert refusal(checkpoint).startswith(f"`{checkpoint}` lacks files, or cannot be read: ")
+
+
+def test_a_checkpoint_of_zero_without_any_shard(refusal, checkpoint):
+    edit_state(checkpoint, run={"engine": "ZeRO-2"})
+    assert refusal(checkpoint).startswith(f"`{checkpoint}` lacks files, or cannot be read: ")
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_checkpoint_of_zero_without_the_shard_of_one_process(refusal, checkpoint, stage):
+    edit_state(checkpoint, run={"engine": f"ZeRO-{stage}"})
+    (checkpoint / "pytorch_model").mkdir()
+    model = {"buffer_names": [], "module": {}, "param_shapes": [], "shared_params": {}}
+    torch.save(model, checkpoint / "pytorch_model/zero_pp_rank_0_mp_rank_00_model_states.pt")
+    shard = {"optimizer_state_dict": {"zero_stage": stage, "partition_count": 2}}  # of two, but there is one
+    torch.save(shard, checkpoint / "pytorch_model/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    message = refusal(checkpoint)
+    assert message.startswith(
+        f"`{checkpoint}` lacks files, or cannot be read: Expected 2 of '*_optim_states.pt' under"
+    )
+
+
+def test_an_output_folder_that_is_not_empty(refusal, checkpoint, tmp_path):
+    (tmp_path / "exported").mkdir()
+    (tmp_path / "exported" / "notes.txt").write_text("weeks of work")
+    expected = f"`--output_dir {tmp_path}/exported` is there already. Choose one that is new or empty."
+    assert refusal(checkpoint) == expected
+
+
+def test_an_output_folder_that_is_a_file(refusal, checkpoint, tmp_path):
+    (tmp_path / "exported").write_text("a file")
+    expected = f"`--output_dir {tmp_path}/exported` is there already. Choose one that is new or empty."
+    assert refusal(checkpoint) == expected
+
+
+def test_the_checkpoint_itself_as_the_output_folder(refusal, checkpoint):
+    message = refusal(checkpoint, output_dir=checkpoint)
+    assert message == f"`--output_dir {checkpoint}` is there already. Choose one that is new or empty."
+
+
+def test_an_empty_output_folder_is_used(checkpoint, plain_run, tmp_path):
+    (tmp_path / "exported").mkdir()
+    assert read_result(export(checkpoint, tmp_path / "exported")) == read_result(plain_run)
