@@ -559,17 +559,15 @@ def add_lora(transformer, args):
 
 
 def partition_weights(accelerator, transformer, dtype):
-    """
-    Under ZeRO-3, casts the weights and splits them among the processes, one after the other. Left to itself, DeepSpeed
-    would first move the whole transformer to every GPU.
-    """
+    """Under ZeRO-3, splits the weights among processes one by one. DeepSpeed would first move all to every GPU."""
     config = accelerator.state.deepspeed_plugin.deepspeed_config
     if config["zero_optimization"]["stage"] == 3:
         import deepspeed
 
         for parameter in transformer.parameters():
             parameter.data = parameter.data.to(dtype)
-        needed = {name: config[name] for name in ("bf16", "zero_optimization", "train_micro_batch_size_per_gpu")}
+        names = ("bf16", "zero_optimization", "train_micro_batch_size_per_gpu")
+        needed = {name: config[name] for name in names if name in config}
         deepspeed.zero.Init(module=transformer, dtype=dtype, config_dict_or_path=needed)
 
 

@@ -30,10 +30,6 @@ import torch
 import yaml
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, CLIPModel
-
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
-from diffusers.training_utils import cast_training_params
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -156,15 +152,16 @@ def assign_data(module, function, recurse=True):
         child._apply(function)
     for parameter in module.parameters(recurse=False):
         parameter.data = function(parameter.data)
-    for name, buffer in module.named_buffers(recurse=False):
-        setattr(module, name, function(buffer))
+    vars(module)["_buffers"].update({name: function(buffer) for name, buffer in module.named_buffers(recurse=False)})
     return module
 
 
 def make_transformer(args, launch, layers=MEASURED_LAYERS):
     """The transformer with `layers` blocks, in the types in which script and engine hold it, and its input's type."""
     source = {**trainer.model_source(args), "subfolder": args.transformer_subfolder}
-    transformer = WanTransformer3DModel.from_config(WanTransformer3DModel.load_config(**source), num_layers=layers)
+    transformer = trainer.WanTransformer3DModel.from_config(
+        trainer.WanTransformer3DModel.load_config(**source), num_layers=layers
+    )
     full_precision = launch.deepspeed is None and args.optimizer == "adamw" and args.lora_rank is None
     dtype = torch.bfloat16 if launch.mixed_precision == "bf16" and not full_precision else torch.float32
     kept = transformer._keep_in_fp32_modules  # from_pretrained does, DeepSpeed does not
@@ -173,7 +170,7 @@ def make_transformer(args, launch, layers=MEASURED_LAYERS):
             parameter.data = parameter.data.to(dtype)
     if args.lora_rank is not None:
         trainer.add_lora(transformer, args)
-        cast_training_params(transformer, torch.bfloat16 if launch.deepspeed is not None else torch.float32)
+        trainer.cast_training_params(transformer, torch.bfloat16 if launch.deepspeed is not None else torch.float32)
     if args.base_weights == "fp8":
         transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
     if args.gradient_checkpointing:
@@ -195,7 +192,7 @@ def make_reward_model(args, dtype):
     else:
         path = args.reward_model_path or (trainer.PICKSCORE_REPOSITORY if args.reward_model == "PickScore" else None)
         with trainer.blame(f"`--reward_model_path {path}` is not the folder or Hub id of a CLIPModel"):
-            model = CLIPModel(AutoConfig.from_pretrained(path))
+            model = trainer.CLIPModel(trainer.AutoConfig.from_pretrained(path))
         reward_model.image_size = model.config.vision_config.image_size
     reward_model.model, reward_model.encode_texts = model, lambda texts: torch.zeros(len(texts), 1)
     reward_model.scale, reward_model.mean, reward_model.std = 1.0, [0.5] * 3, [0.5] * 3
@@ -205,11 +202,9 @@ def make_reward_model(args, dtype):
 
 def run_phases(args, model, transformer, dtype, vae, reward_model, scheduler):
     """
-    Takes one step of a rollout, one graded pass and the parts of a validation image, on fake tensors.
-
-    Returns:
-        {phase: most bytes beyond weights}, where gradients of weights are dropped as soon as they are made; and the
-        bytes that each further block of the transformer keeps from "forward" to "backward".
+    Takes one step of a rollout, one graded pass and the parts of a validation image, on fake tensors. Returns {phase:
+    most bytes beyond weights}, where gradients of weights are dropped as soon as they are made, and the bytes that
+    each further block of the transformer keeps from "forward" to "backward".
     """
     names = ("denoise", "inversion") if args.branches == "both" else (args.branches,)
     branches = [trainer.Branch(name, sigma_from=0.6, sigma_to=0.5, discount=0.0) for name in names]  # any noise level
@@ -256,17 +251,16 @@ def run_phases(args, model, transformer, dtype, vae, reward_model, scheduler):
                 latents, velocity_fn = sized(args.validation_size, args.validation_size)
                 velocity_fn(latents, 0.5, embeds)
                 vae.decode(latents.to(vae.dtype))
-    peaks = {phase: peak - weights for phase, peak in tracker.peaks.items() if phase}
-    return peaks, entered[2] - entered[1]
+    return {phase: peak - weights for phase, peak in tracker.peaks.items() if phase}, entered[2] - entered[1]
 
 
 class Measured(NamedTuple):
-    """What a run puts on its GPU, whatever the engine."""
+    """What a run puts on its GPU, whatever the engine: bytes but for keys and values of `weights`."""
 
     weights: Counter  # {(elements, bytes of an element, is trained): number of such parameters of the transformer}
-    itemsize: int  # bytes of an element as the transformer is loaded
-    frozen: int  # bytes of VAE and reward model
-    peaks: dict  # {phase: most bytes beyond weights}, as of [`run_phases`], for all layers
+    itemsize: int  # of an element as the transformer is loaded
+    frozen: int  # VAE and reward model
+    peaks: dict  # {phase: most beyond weights}, as of [`run_phases`], for all layers
 
     def total(self, each=None, trained=False):
         """Bytes of the parameters, all or only the trained ones, if an element has `each`. Default: those it has."""
@@ -279,13 +273,13 @@ def measure(args, launch):
     trainer.check_sizes(args, model)
     trainer.check_window(args, model)
     source, weights = trainer.model_source(args), Counter()
-    layers = WanTransformer3DModel.load_config(**source, subfolder=args.transformer_subfolder)["num_layers"]
-    vae_config = AutoencoderKLWan.load_config(**source, subfolder="vae")
+    layers = trainer.WanTransformer3DModel.load_config(**source, subfolder=args.transformer_subfolder)["num_layers"]
+    vae_config = trainer.AutoencoderKLWan.load_config(**source, subfolder="vae")
     weight_dtype = torch.bfloat16 if launch.mixed_precision == "bf16" else torch.float32
     reward_dtype = {None: weight_dtype, "fp32": torch.float32, "bf16": torch.bfloat16}[args.reward_dtype]
-    scheduler = FlowMatchEulerDiscreteScheduler()  # reads values, which fake tensors lack
+    scheduler = trainer.FlowMatchEulerDiscreteScheduler()  # reads values, which fake tensors lack
     with mock.patch.object(torch.nn.Module, "_apply", assign_data), FakeTensorMode():
-        vae = AutoencoderKLWan.from_config(vae_config).requires_grad_(False).to(weight_dtype)
+        vae = trainer.AutoencoderKLWan.from_config(vae_config).requires_grad_(False).to(weight_dtype)
         reward_model = make_reward_model(args, reward_dtype)
         frozen = sum(t.nbytes for module in (vae, reward_model) for t in (*module.parameters(), *module.buffers()))
         transformer, dtype = make_transformer(args, launch)

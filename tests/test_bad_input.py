@@ -24,6 +24,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_simple_la
 from datasets import Array2D, DatasetDict, Features, load_from_disk
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, CLIPModel
+from transformers.integrations import unset_hf_deepspeed_config
 
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
@@ -59,6 +60,7 @@ def launched(*flags):
             yield
         finally:
             AcceleratorState._reset_state(reset_partial_state=True)
+            unset_hf_deepspeed_config()
             if torch.distributed.is_initialized():
                 import deepspeed
 
