@@ -825,13 +825,14 @@ def find_checkpoint(args, run):
     folder = args.resume_from_checkpoint
     if folder == "latest":
         folder = (list_checkpoints(args.output_dir) or [None])[-1]
-        if folder is None:
-            logger.warning(f"`{args.output_dir}` holds no checkpoint yet: training starts at step 0.")
     if folder is None:
         return None, {"global_step": 0, "history": []}
-    state = json.loads(Path(folder, "trainer_state.json").read_text())
-    for name, value in run.items():
-        found = state.get("run", {}).get(name)
+    file = Path(folder, "trainer_state.json")
+    with blame(f"`{file}` is damaged or of another version of this script; resume from another checkpoint"):
+        state = json.loads(file.read_text())
+        state = {name: state[name] for name in ("global_step", "history", "run")}
+        compared = {name: (state["run"][name], value) for name, value in run.items()}
+    for name, (found, value) in compared.items():
         if found != value:
             advice = "Use the same, or start a new run."
             raise ValueError(f"{folder} was made with another {name}: {found}. It cannot go on with {value}. {advice}")
@@ -1014,11 +1015,9 @@ def parse_args(input_args=None):
         help="Path to pretrained model or model identifier from huggingface.co/models, in the layout of diffusers.")
     add("--revision", help="Revision of pretrained model identifier from huggingface.co/models.")
     add("--variant", help="Variant of the model files of the pretrained model identifier, 'e.g.' fp16")
-    add("--transformer_subfolder", default="transformer_2",
-        help="The expert to train: `transformer` for models that have one, as Wan2.1 and Wan2.2-TI2V-5B.")
+    add("--transformer_subfolder", default="transformer_2", help="The expert: `transformer` for models that have one.")
     add("--dataset_name", required=True, help="Folder or Hub id of the dataset that embed_prompts.py wrote.")
-    add("--max_sequence_length", type=int, default=512,
-        help="Maximum sequence length of the text embeddings: the one that the captions were embedded with.")
+    add("--max_sequence_length", type=int, default=512, help="The one that the captions were embedded with.")
     add("--cache_dir", help="Where the downloaded base model and dataset will be stored.")
     add("--dataloader_num_workers", type=int, default=0, help="Number of subprocesses to use for data loading.")
     add("--height", type=int, default=512, help="The height in pixels of the images to train on.")
@@ -1027,8 +1026,7 @@ def parse_args(input_args=None):
     add = parser.add_argument_group("reward").add_argument
     add("--reward_model", choices=["HPS", "PickScore", "CLIP"], default="HPS", help="The human-preference model.")
     add("--reward_model_path",
-        help="HPS: the file HPS_v2.1_compressed.pt. PickScore, CLIP: folder or Hub id of a CLIPModel. HPS and "
-             "PickScore are downloaded by default.")
+        help="HPS: the file HPS_v2.1_compressed.pt; otherwise folder or Hub id of a CLIPModel. CLIP has no default.")
     add("--reward_processor_path", help="PickScore, CLIP: folder or Hub id of the processor, if not the usual one.")
     add("--reward_dtype", choices=["fp32", "bf16"], help="Precision of the reward model. Default: that of the run.")
     words = "Control words to move {}, a new one every step. The published ones suit HPS."
@@ -1040,13 +1038,11 @@ def parse_args(input_args=None):
     add("--loss", choices=["hinge", "linear"], default="hinge", help="relu(margin - score), or just -score.")
     add("--reward_margin", type=float, default=0.7, help="The score from which on the hinge loss is zero.")
     add("--loss_weight_shift", type=float,
-        help="Weigh the loss at position p by the curve of this shift at p / timestep_length; 3.0 was published for "
-             "Qwen-Image. Default: all positions weigh the same.")
+        help="Weigh the loss at position p by the curve of this shift at p / timestep_length. Default: all the same.")
     add("--train_timestep", type=int, nargs=2, default=[5, 25], metavar=("FIRST", "LAST"),
         help="First and last step of the trained window, of the num_inference_steps of the schedule.")
     add("--timestep_length", type=int, default=1000, help="Number of noise levels in the trained window.")
-    add("--groundtruth_ratio", type=float, default=0.9,
-        help="Share of the window that is injected noise; the graded step spans the rest.")
+    add("--groundtruth_ratio", type=float, default=0.9, help="Share of the window that the graded step leaves out.")
     ends = {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}
     discount = "Extra weight of the {} caption in the {} branch, at the low- and high-noise end."
     add("--discount_pos", **ends, default=[0.1, 0.25], help=discount.format("positive", "denoise"))
@@ -1071,8 +1067,7 @@ def parse_args(input_args=None):
     add("--lora_target_modules", nargs="+",
         help=f"Names of the linear layers that get a LoRA. Default: {' '.join(LORA_TARGET_MODULES)}")
     add("--base_weights", choices=["fp8"],
-        help="Store the frozen linear layers under a LoRA in float8 (e4m3), half the memory of bf16. Needs "
-             "`--gradient_checkpointing` to show. Default: the precision of the run.")
+        help="Store frozen linear layers in float8 (e4m3), half of bf16; saves little without gradient checkpointing.")
     add("--save_merged", action="store_true", help="Also write the base model with the LoRA merged into it.")
 
     add = parser.add_argument_group("optimization").add_argument
@@ -1098,12 +1093,10 @@ def parse_args(input_args=None):
 
     add = parser.add_argument_group("validation").add_argument
     add("--validation_prompts", nargs="*",
-        help="Prompts to paint before, during and after training. Default: the first four captions. None at all turns "
-             "validation off. Prompts that are not among the captions are encoded at the start.")
+        help="Prompts to paint before, during and after training, or none. Default: the first four captions.")
     add("--validation_steps", type=int, default=10, help="Run validation every X updates, and at the end.")
     add("--validation_size", type=int, default=1024, help="The side in pixels of validation images.")
-    add("--validation_guidance_scale", type=float, default=3.0,
-        help="Classifier-free guidance scale of validation images.")
+    add("--validation_guidance_scale", type=float, default=3.0, help="Guidance scale of validation images.")
 
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", default="srpo-wan",
@@ -1345,7 +1338,8 @@ def check_reward(args):
 def check_output_dir(args):
     """Refuses to write into the output of another run, and a checkpoint to resume from that is not there."""
     folder = args.resume_from_checkpoint
-    if folder not in (None, "latest") and not Path(folder, "trainer_state.json").is_file():
+    named = folder not in (None, "latest")
+    if named and (Path(folder).suffix == ".unfinished" or not Path(folder, "trainer_state.json").is_file()):
         found = ", ".join(map(str, list_checkpoints(args.output_dir))) or "none"
         raise ValueError(
             f"`--resume_from_checkpoint {folder}` is not a complete checkpoint; `output_dir` has {found}."
@@ -1369,6 +1363,9 @@ def check_deepspeed(args, config, num_processes):
         raise ValueError(
             "`--base_weights fp8` needs a configuration without DeepSpeed, which has one precision for all."
         )
+    for section in ("optimizer", "scheduler"):
+        if section in config:
+            raise ValueError(f"The DeepSpeed file has a `{section}`. Remove it: the script has flags for that.")
     rollout = args.train_batch_size * num_processes
     for name, value, flag in (
         ("train_micro_batch_size_per_gpu", args.train_batch_size, "train_batch_size"),
@@ -1402,7 +1399,8 @@ def make_accelerator(args):
     if on_cpu and uses_deepspeed:
         process_group.backend = "gloo"
     logging_dir = str(Path(args.output_dir, args.logging_dir))
-    with blame("`accelerate launch` and its configuration files cannot be used together"):
+    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    with blame(f"`accelerate launch` and its configuration files (DeepSpeed: `{file}`) cannot be used together"):
         accelerator = Accelerator(
             cpu=on_cpu and not uses_deepspeed,
             gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -1484,14 +1482,16 @@ def main(args):
         dataset = check_dataset(args, model)
         check_reward(args)
         accelerator = make_accelerator(args)
+        run = describe_run(accelerator, args)
+        checkpoint, state = find_checkpoint(args, run)
         if args.push_to_hub and accelerator.is_main_process:
             options = {"private": args.hub_private_repo, "token": args.hub_token, "exist_ok": True}
             with blame(f"`--push_to_hub` cannot create `{repo_id}`; see `--hub_model_id` and `--hub_token`"):
                 repo_id = with_retries(lambda: huggingface_hub.create_repo(repo_id, **options)).repo_id
         prepare_output_dir(accelerator, args)
-        run = describe_run(accelerator, args)
-        checkpoint, state = find_checkpoint(args, run)
     first_step, history = state["global_step"], state["history"]
+    if args.resume_from_checkpoint and checkpoint is None:
+        logger.warning(f"`{args.output_dir}` holds no checkpoint yet: training starts at step 0.")
     logger.info(accelerator.state, main_process_only=False)
     transformers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.set_verbosity_error()

@@ -6,12 +6,11 @@ Say how much memory a run of train_srpo_wan_t2i.py will take, before any is spen
 
     python scripts/estimate_memory.py --config_file accelerate_configs/a100x8.yaml --gradient_checkpointing
 
-All flags of the training script are understood. Figures are in GB, 1e9 bytes, with the CUDA context.
-
-Activations are those of the training script's own functions, run on fake tensors that have shapes but no data, with
-every storage counted while it lives. What Accelerate, DeepSpeed and AdamW hold was read from the sources of DeepSpeed
-0.19.8 and PyTorch 2.15. Not counted: workspaces of cuDNN, fragmentation, the file cache, what resuming reads, and a
-second copy of the parameters that ZeRO-2 makes at the start where there is room, else on the host.
+All flags of the training script are understood. Figures are in GB, 1e9 bytes. Activations are those of the training
+script's own functions, run on fake tensors that have shapes but no data, with every storage counted while it lives.
+What Accelerate, DeepSpeed and AdamW hold was read from the sources of DeepSpeed 0.19.8 and PyTorch 2.15. Not counted:
+workspaces of cuDNN, fragmentation, the file cache, what resuming reads, and a second copy of the parameters that
+ZeRO-2 makes at the start where there is room, else on the host.
 """
 
 import argparse
@@ -49,10 +48,8 @@ STATE = "computed; not measured on this card yet"
 COMPUTE, HELD = "rollout forward image backward validation", ("backward step", "rollout forward image backward step")
 TRAINING, HOST_TRAINING = f"{COMPUTE} step", "training saving"
 GPU, HOST = f"start {TRAINING}", f"loading {HOST_TRAINING}"
-
 # What DeepSpeed assumes for keys that its file lacks, deepspeed/runtime/zero/config.py.
-ZERO_DEFAULTS = {"reduce_bucket_size": 5e8, "sub_group_size": 1e9, "overlap_comm": False}
-ZERO_DEFAULTS |= {"stage3_max_live_parameters": 1e9, "stage3_max_reuse_distance": 1e9}
+ZERO_DEFAULTS = dict.fromkeys(("sub_group_size", "stage3_max_live_parameters", "stage3_max_reuse_distance"), 1e9)
 
 
 # ---- What is launched. ----------------------------------------------------------------------------------------------
@@ -74,28 +71,22 @@ def read_launch(config_file, deepspeed_config_file=None):
     """
     flag = f"`--config_file {config_file}`"
     with trainer.blame(f"{flag} is not a configuration of Accelerate"):
-        text = Path(config_file).read_text()
-        config = dict(yaml.safe_load(text))
+        config = dict(yaml.safe_load(text := Path(config_file).read_text()))
         processes, machines = (int(config.get(name, 1)) for name in ("num_processes", "num_machines"))
-        kind, precision = config["distributed_type"], config.get("mixed_precision", "no")
+        kind, precision, deepspeed = config["distributed_type"], config.get("mixed_precision", "no"), None
     if processes < 1 or machines < 1 or processes % machines:
         raise ValueError(f"{flag}: `num_processes: {processes}` must be a positive multiple of `num_machines`.")
     if config.get("use_cpu") or kind not in ("NO", "MULTI_GPU", "DEEPSPEED") or precision not in ("no", "bf16"):
         raise ValueError(f"{flag}: the estimate knows GPUs in bf16 or without mixed precision.")
-    deepspeed = None
     if kind == "DEEPSPEED":
         path = deepspeed_config_file or (config.get("deepspeed_config") or {}).get("deepspeed_config_file")
         name = "`--deepspeed_config_file" if deepspeed_config_file else "`deepspeed_config_file:"
-        if path is None or not Path(path).is_file():
-            raise ValueError(f"{name} {path}` of {flag} is not a file; run this from the folder that it starts at.")
-        with trainer.blame(f"{name} {path}` is not a configuration of DeepSpeed that the estimate knows"):
+        with trainer.blame(f"{name} {path}` of {flag} is not a configuration of DeepSpeed that the estimate knows"):
             deepspeed, precision = json.loads(Path(path).read_text()), "bf16"
             zero = deepspeed["zero_optimization"]
             devices = {(zero.get(name) or {}).get("device", "none") for name in ("offload_optimizer", "offload_param")}
             if not (deepspeed["bf16"]["enabled"] and zero["stage"] in (2, 3) and devices <= {"none", "cpu"}):
                 raise ValueError("it knows ZeRO-2 and ZeRO-3 with `bf16`, and offload to `cpu`")
-    elif deepspeed_config_file:
-        raise ValueError(f"`--deepspeed_config_file` needs `distributed_type: DEEPSPEED`, but {flag} says {kind}.")
     machine = re.split("[.,]", text.lstrip("# "))[0].replace("\n# ", " ")
     return Launch(machine, processes, machines, kind, precision, deepspeed)
 
@@ -140,9 +131,8 @@ class StorageTracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        for leaf in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(leaf, torch.Tensor):
-                self.track(leaf)
+        leaves = result if isinstance(result, (tuple, list)) else (result,)
+        list(map(self.track, filter(torch.is_tensor, leaves)))
         return result
 
 
@@ -158,19 +148,16 @@ def assign_data(module, function, recurse=True):
 
 def make_transformer(args, launch, layers=MEASURED_LAYERS):
     """The transformer with `layers` blocks, in the types in which script and engine hold it, and its input's type."""
-    source = {**trainer.model_source(args), "subfolder": args.transformer_subfolder}
-    transformer = trainer.WanTransformer3DModel.from_config(
-        trainer.WanTransformer3DModel.load_config(**source), num_layers=layers
-    )
+    source, kind = trainer.model_source(args), trainer.WanTransformer3DModel
+    transformer = kind.from_config(kind.load_config(**source, subfolder=args.transformer_subfolder), num_layers=layers)
     full_precision = launch.deepspeed is None and args.optimizer == "adamw" and args.lora_rank is None
     dtype = torch.bfloat16 if launch.mixed_precision == "bf16" and not full_precision else torch.float32
-    kept = transformer._keep_in_fp32_modules  # from_pretrained does, DeepSpeed does not
+    kept = set(transformer._keep_in_fp32_modules if launch.deepspeed is None else [])  # DeepSpeed casts all
     for name, parameter in transformer.named_parameters():
-        if launch.deepspeed is not None or not any(part in kept for part in name.split(".")):
-            parameter.data = parameter.data.to(dtype)
+        parameter.data = parameter.data.to(torch.float32 if kept & set(name.split(".")) else dtype)
     if args.lora_rank is not None:
         trainer.add_lora(transformer, args)
-        trainer.cast_training_params(transformer, torch.bfloat16 if launch.deepspeed is not None else torch.float32)
+        trainer.cast_training_params(transformer, torch.float32 if launch.deepspeed is None else torch.bfloat16)
     if args.base_weights == "fp8":
         transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
     if args.gradient_checkpointing:
@@ -206,18 +193,13 @@ def run_phases(args, model, transformer, dtype, vae, reward_model, scheduler):
     most bytes beyond weights}, where gradients of weights are dropped as soon as they are made, and the bytes that
     each further block of the transformer keeps from "forward" to "backward".
     """
-    names = ("denoise", "inversion") if args.branches == "both" else (args.branches,)
-    branches = [trainer.Branch(name, sigma_from=0.6, sigma_to=0.5, discount=0.0) for name in names]  # any noise level
+    branches = [trainer.Branch(n, 0.6, 0.5, 0.0) for n in ("denoise", "inversion") if args.branches in ("both", n)]
     factor, batch, tracker, entered = model.vae_scale_factor, args.train_batch_size, StorageTracker(), []
     for module in (transformer, vae, reward_model):
-        for tensor in (*module.eval().parameters(), *module.buffers()):
-            tracker.track(tensor)
+        list(map(tracker.track, (*module.eval().parameters(), *module.buffers())))
     weights, velocity = tracker.live, partial(trainer.predict_velocity, transformer)
 
-    def enter_block(*_):
-        entered.extend([tracker.live] if tracker.phase == "forward" else [])
-
-    def forward_done(*_):
+    def leave_transformer(*_):
         tracker.phase = "image" if tracker.phase == "forward" else tracker.phase
 
     def drop_gradient(parameter):
@@ -228,9 +210,9 @@ def run_phases(args, model, transformer, dtype, vae, reward_model, scheduler):
         tokens = latents[0, 0].numel() // (model.patch_size[1] * model.patch_size[2])
         return latents, partial(velocity, tokens_per_sample=tokens if model.expand_timesteps else None)
 
-    transformer.register_forward_hook(forward_done)
+    transformer.register_forward_hook(leave_transformer)
     for block in transformer.blocks:
-        block.register_forward_pre_hook(enter_block)
+        block.register_forward_pre_hook(lambda *_: entered.append(tracker.live))
     for parameter in filter(lambda parameter: parameter.requires_grad, transformer.parameters()):
         parameter.register_post_accumulate_grad_hook(drop_gradient)
     with tracker:
@@ -238,12 +220,11 @@ def run_phases(args, model, transformer, dtype, vae, reward_model, scheduler):
         embeds = torch.empty(batch, args.max_sequence_length, model.text_dim, dtype=dtype)
         noise, velocity_fn = sized(args.height, args.width)
         x0 = trainer.rollout(velocity_fn, scheduler, noise, embeds, embeds, 1, args.rollout_guidance_scale)
-        tracker.phase = "forward"
+        tracker.phase, entered[:] = "forward", []
         transformer.train()
         inputs = (vae, reward_model, x0, noise, embeds, ["caption"] * batch, ("positive", "negative"), branches, args)
         loss, metrics = trainer.graded_pass(velocity_fn, *inputs)
         loss.backward()
-        transformer.eval()
         del loss, metrics, x0, noise, inputs
         if args.validation_prompts != []:
             tracker.phase = "validation"
@@ -287,8 +268,7 @@ def measure(args, launch):
             number = 1 if not name.startswith("blocks.") else layers if name.startswith("blocks.0.") else 0
             weights[p.numel(), p.element_size(), p.requires_grad] += number
         peaks, each = run_phases(args, model, transformer, dtype, vae, reward_model, scheduler)
-    for phase in ("forward", "image", "backward"):
-        peaks[phase] += each * (layers - MEASURED_LAYERS)
+    peaks |= {name: peaks[name] + each * (layers - MEASURED_LAYERS) for name in ("forward", "image", "backward")}
     return Measured(weights, dtype.itemsize, frozen, peaks)
 
 
@@ -315,21 +295,20 @@ def zero_engine(args, launch, measured, largest):
     ZeRO-2, stage_1_and_2.py: bf16 weights whole on each GPU, and a part of the rest. With offload, the part is cloned
     on the GPU before it goes to the host. Two buckets of gradients are filled in turns, and gathered in a third where
     they go to several processes. The step copies gradients and a state in the type of the master weights.
-
     ZeRO-3, stage3.py: a part of everything. While the transformer computes, `stage3_max_live_parameters` are gathered,
     or as many as are used again within `stage3_max_reuse_distance`. The step goes by groups of `sub_group_size`.
     Parameters on the host are locked one by one, and copied to a vector that is locked whatever `pin_memory` says.
     """
     zero, bf16 = {**ZERO_DEFAULTS, **launch.deepspeed["zero_optimization"]}, launch.deepspeed["bf16"]
     offload, on_cpu = (zero.get(name) or {} for name in ("offload_optimizer", "offload_param"))
-    moved, bucket, processes = offload.get("device") == "cpu", 2 * zero["reduce_bucket_size"], launch.processes
-    part, accumulates = measured.total(1, trained=True) / processes, args.gradient_accumulation_steps > 1
+    bucket, moved = 2 * zero.get("reduce_bucket_size", 5e8), offload.get("device") == "cpu"
+    part, accumulates = measured.total(1, trained=True) / launch.processes, args.gradient_accumulation_steps > 1
     master = part * (2 if bf16.get("bf16_master_weights_and_grads") else 4)
     states = 2 * master if not moved else part * (4 if bf16.get("bf16_optimizer_states") else 8)
     if zero["stage"] == 2:
-        buffers = {"backward": bucket * (1 + bool(zero["overlap_comm"]) + (processes > 1))}
+        buffers = {"start": 2 * part} if moved else {"step": 2 * master - 2 * part}
+        buffers["backward"] = bucket * (1 + bool(zero.get("overlap_comm")) + (launch.processes > 1))
         buffers["backward"] += 0 if moved else 2 * part * accumulates
-        buffers |= {"start": 2 * part} if moved else {"step": 2 * master - 2 * part}
         masters, gradients = locked(master, offload), locked(master, offload) + 2 * part * accumulates
         parameters, copy = (measured.total(2), GPU), locked(2 * part, offload) if moved else 0
     else:
@@ -338,13 +317,12 @@ def zero_engine(args, launch, measured, largest):
         buffers = {phase: bucket + 2 * live for phase in COMPUTE.split()}
         buffers |= {"backward": 2 * (bucket + live), "step": bucket + (0 if moved else 2 * master / groups)}
         masters, gradients = master, locked(2 * part, offload) + groups * locked(master / groups, offload)
-        parameters, copy = (measured.total(2) / processes, GPU), 0
+        parameters, copy = (measured.total(2) / launch.processes, GPU), 0
         if on_cpu.get("device") == "cpu":  # PyTorch keeps locked memory for later, so the first copy counts
             kept = [w for w in measured.weights.items() if on_cpu.get("pin_memory", True) or not w[0][2]]
-            parameters = sum(locked(2 * n / processes, on_cpu) * number for (n, *_), number in kept), HOST_TRAINING
-            copy = locked(2 * part, {})
-    if moved:  # a gradient goes to the host in float32, and in float64 for its norm
-        buffers["backward"] += 12 * largest
+            first = sum(locked(2 * n / launch.processes, on_cpu) * number for (n, *_), number in kept)
+            parameters, copy = (first, HOST_TRAINING), locked(2 * part, {})
+    buffers["backward"] += 12 * largest * moved  # a gradient goes to the host in float32, for its norm in float64
     return [
         *(("engine buffers", size, phase) for phase, size in buffers.items()),
         ("parameters", *parameters),
@@ -358,7 +336,7 @@ def zero_engine(args, launch, measured, largest):
 def estimate(args, launch, measured):
     """
     {phase: {what: bytes}} of a run with `args`, launched as `launch`, from what [`measure`] found: on the fullest GPU
-    in the phases of `GPU`, on the fullest machine in those of `HOST`. `ValueError` if the engine is not known so.
+    in the phases of `GPU`, on the fullest machine in those of `HOST`. `ValueError` if DeepSpeed's file is not clear.
     """
     engine, local = plain_engine if launch.deepspeed is None else zero_engine, launch.processes // launch.machines
     with trainer.blame("The estimate does not know what the DeepSpeed file says"):
@@ -380,38 +358,29 @@ def estimate(args, launch, measured):
     return table
 
 
-def fullest(table, side):
-    """The phase of `side`, `GPU` or `HOST`, that takes most, and its bytes."""
-    return max(((phase, sum(table[phase].values())) for phase in side.split()), key=lambda pair: pair[1])
-
-
 def report(own, launch, table):
     """What the script prints: what is where in the fullest phase, all phases, and whether it fits."""
     lines, verdicts = [f"{own.config_file}: {launch.processes} processes on {launch.machines} machine(s)."], [""]
-    gpu_memory, host_memory = own.gpu_memory_gb, own.host_memory_gb or psutil.virtual_memory().total / GB
-    if gpu_memory is None and torch.cuda.is_available():
-        gpu_memory = torch.cuda.get_device_properties(0).total_memory / GB
+    found = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
+    gpu_memory, host_memory = own.gpu_memory_gb or found / GB, own.host_memory_gb or psutil.virtual_memory().total / GB
     for name, side, memory in (("GPU", GPU, gpu_memory), ("Host", HOST, host_memory)):
-        phase, need = fullest(table, side)
+        phases = {phase: sum(table[phase].values()) for phase in side.split()}
+        phase, need = max(phases.items(), key=lambda pair: pair[1])
         lines.append(f"\nEach {name}, in GB, when it is fullest ({phase}):")
-        rows = {**{what: size for what, size in table[phase].items() if size}, "total": need}
-        lines += [f"  {what:<36}{size / GB:8.1f}" for what, size in rows.items()]
-        lines.append("  by phase: " + ", ".join(f"{key} {sum(table[key].values()) / GB:.1f}" for key in side.split()))
-        limit = (memory or 0) * GB
-        fits = "does not fit" if need > limit else "fits" if need <= TIGHT * limit else "fits barely"
-        verdicts.append(f"{name}: {fits}: {need / GB:.1f} of {limit / GB:.1f} GB.")
+        lines += [f"  {what:<36}{size / GB:8.1f}" for what, size in (*table[phase].items(), ("total", need)) if size]
+        lines.append("  by phase: " + ", ".join(f"{key} {size / GB:.1f}" for key, size in phases.items()))
+        fits = "fits" if need <= TIGHT * memory * GB else "fits barely" if need <= memory * GB else "does not fit"
+        verdicts.append(f"{name}: {fits}: {need / GB:.1f} of {memory:.1f} GB.")
     return "\n".join([*lines, *verdicts])
 
 
 def markdown_row(own, args, flags, launch, table):
     """The row of the table in README.md for this run."""
     use = "full" if args.lora_rank is None else f"LoRA, rank {args.lora_rank}"
-    shown = " ".join(flags).replace(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}", "")
-    if own.deepspeed_config_file:
-        shown = f"--deepspeed_config_file {own.deepspeed_config_file} {shown}"
-    gpu, host = (f"{fullest(table, side)[1] / GB:.1f}" for side in (GPU, HOST))
-    cells = launch.machine, use, f"`{own.config_file}`", f"`{' '.join(shown.split())}`", gpu, host, STATE
-    return f"| {' | '.join(cells)} |"
+    shown = ["--deepspeed_config_file", own.deepspeed_config_file] * bool(own.deepspeed_config_file) + flags
+    shown = " ".join(shown).replace(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} ", "")
+    gpu, host = (f"{max(sum(table[phase].values()) for phase in side.split()) / GB:.1f}" for side in (GPU, HOST))
+    return f"| {launch.machine} | {use} | `{own.config_file}` | `{shown}` | {gpu} | {host} | {STATE} |"
 
 
 def main(input_args=None):

@@ -283,7 +283,7 @@ def test_a_storage_counts_once_and_while_it_lives():
         (
             {"deepspeed_config": {"deepspeed_config_file": "gone.json"}},
             [],
-            "error: `deepspeed_config_file: gone.json` of `--config_file run.yaml` is not a file",
+            "error: `deepspeed_config_file: gone.json` of `--config_file run.yaml` is not a configuration of",
         ),
         ({}, ["--deepspeed_config_file", "gone.json"], "error: `--deepspeed_config_file gone.json` of `--config_file"),
         (
