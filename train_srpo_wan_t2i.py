@@ -1042,7 +1042,8 @@ def parse_args(input_args=None):
     add("--train_timestep", type=int, nargs=2, default=[5, 25], metavar=("FIRST", "LAST"),
         help="First and last step of the trained window, of the num_inference_steps of the schedule.")
     add("--timestep_length", type=int, default=1000, help="Number of noise levels in the trained window.")
-    add("--groundtruth_ratio", type=float, default=0.9, help="Share of the window that the graded step leaves out.")
+    add("--groundtruth_ratio", type=float, default=0.9,
+        help="Share of the window that is injected noise; the graded step spans the rest.")
     ends = {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}
     discount = "Extra weight of the {} caption in the {} branch, at the low- and high-noise end."
     add("--discount_pos", **ends, default=[0.1, 0.25], help=discount.format("positive", "denoise"))

@@ -59,7 +59,8 @@ def main(args):
             raise ValueError(f"`--output_dir {output}` is there already. Choose one that is new or empty.")
         weights = read_weights(args.checkpoint, state["engine"])
     dtype = getattr(torch, state["dtype"])
-    weights = {name: weight.contiguous().to(dtype) for name, weight in weights.items()}
+    # Copies, because what is put together may be views of one flat tensor, which a file of weights cannot hold.
+    weights = {name: weight.contiguous().detach().to(dtype, copy=True) for name, weight in weights.items()}
     saved = save_weights(weights, output, state["expert"], state["config"], state["lora"])
     print(f"Wrote {saved}, the weights after {state['global_step']} updates.")
 
