@@ -369,6 +369,9 @@ def report(own, launch, table):
         lines.append(f"\nEach {name}, in GB, when it is fullest ({phase}):")
         lines += [f"  {what:<36}{size / GB:8.1f}" for what, size in (*table[phase].items(), ("total", need)) if size]
         lines.append("  by phase: " + ", ".join(f"{key} {size / GB:.1f}" for key, size in phases.items()))
+        if not memory:
+            verdicts.append(f"{name}: needs {need / GB:.1f} GB; none is here to compare with, see --gpu_memory_gb.")
+            continue
         fits = "fits" if need <= TIGHT * memory * GB else "fits barely" if need <= memory * GB else "does not fit"
         verdicts.append(f"{name}: {fits}: {need / GB:.1f} of {memory:.1f} GB.")
     return "\n".join([*lines, *verdicts])

@@ -325,6 +325,12 @@ def test_the_report_says_what_is_where_and_whether_it_fits(capsys):
     assert "GPU: fits barely: 67.1 of 68.0 GB." in capsys.readouterr().out
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_the_report_says_what_is_needed(capsys):
+    main(["--config_file", "accelerate_configs/rtx4090.yaml", *CHECKPOINTING])
+    assert "GPU: needs 10.8 GB; none is here to compare with, see --gpu_memory_gb.\n" in capsys.readouterr().out
+
+
 def test_a_4090_fits_where_its_host_has_the_memory(capsys):
     flags = ["--config_file", "accelerate_configs/rtx4090.yaml", *CHECKPOINTING, "--gpu_memory_gb", "25.8"]
     main([*flags, "--host_memory_gb", "64"])
