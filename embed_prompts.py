@@ -21,7 +21,15 @@ with a row per caption, in the order of the input, in the split `train`, and the
     row = datasets.load_from_disk("embeddings")["train"].with_format("torch")[0]
     prompt_embeds = row["prompt_embeds"].to(torch.int16).view(torch.bfloat16)
 
-The last three columns are constant on purpose: columns survive `push_to_hub`, `concatenate_datasets` and `filter`,
+With `--boundary_latents K` the high-noise expert, alone and once, paints K images of every caption down to the first
+noise level below `boundary_ratio`, where the low-noise expert takes over. Training with `--rollout_start boundary`
+goes on from there, so it sees images of both experts and loads one. These columns are added to `train`:
+
+    boundary_latents           float32 (K, channels, 1, height, width)
+    boundary_seeds             list of K int64: `torch.Generator().manual_seed(seed)` draws the noise of each
+    boundary_settings          string: JSON of the size and the schedule, which training must share
+
+The columns that are constant are so on purpose: columns survive `push_to_hub`, `concatenate_datasets` and `filter`,
 `DatasetInfo` does not. `Array2D` reads 50 x 4096 values in 0.5 ms; nested lists take 0.8 ms, and raw bytes 0.06 ms,
 but nothing would then tell their shape.
 """
@@ -36,15 +44,33 @@ import shutil
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from datasets import Array2D, Dataset, DatasetDict, Features, Value, concatenate_datasets, load_dataset, load_from_disk
+from datasets import (
+    Array2D,
+    Array5D,
+    Dataset,
+    DatasetDict,
+    Features,
+    Sequence,
+    Value,
+    concatenate_datasets,
+    load_dataset,
+    load_from_disk,
+)
 from datasets.arrow_writer import ArrowWriter
 from huggingface_hub import create_repo, get_token, upload_file
 from tqdm.auto import tqdm
 
-from diffusers import WanPipeline
+from diffusers import (
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from diffusers.utils import check_min_version
 
@@ -123,11 +149,39 @@ def parse_args(input_args=None):
         default=512,
         help="Maximum sequence length to use with the text encoder. Longer captions are truncated.",
     )
-    parser.add_argument("--batch_size", type=int, default=8, help="Batch size (per device) for the text encoder.")
+    parser.add_argument("--batch_size", type=int, default=8, help="Batch size (per device), in captions.")
     parser.add_argument(
-        "--dtype", type=str, default="bf16", choices=["bf16", "fp32"], help="The dtype to run the text encoder in."
+        "--dtype", type=str, default="bf16", choices=["bf16", "fp32"], help="The dtype to run the models in."
     )
     parser.add_argument("--cache_dir", type=str, default=None, help="Where downloaded models and datasets are stored.")
+    boundary = parser.add_argument_group("boundary latents")
+    boundary.add_argument(
+        "--boundary_latents",
+        type=int,
+        default=None,
+        metavar="K",
+        help="Also store, for each caption, K latents that the high-noise expert painted down to its boundary.",
+    )
+    boundary.add_argument("--height", type=int, default=512, help="The height in pixels of the images to train on.")
+    boundary.add_argument("--width", type=int, default=512, help="The width in pixels of the images to train on.")
+    boundary.add_argument(
+        "--sampling_steps", type=int, default=10, help="The number of denoising steps of a rollout, both experts'."
+    )
+    boundary.add_argument(
+        "--rollout_scheduler", type=str, default="unipc", choices=["unipc", "euler"], help="The solver of rollouts."
+    )
+    boundary.add_argument(
+        "--rollout_shift", type=float, default=None, help="Shift of the schedule. Default: `flow_shift` of the model."
+    )
+    boundary.add_argument(
+        "--boundary_guidance_scale", type=float, default=4.0, help="Guidance scale of the high-noise expert."
+    )
+    boundary.add_argument("--seed", type=int, default=0, help="The seed of the first latent; the next has the next.")
+    boundary.add_argument(
+        "--group_offload",
+        action="store_true",
+        help="Keep the expert in host memory and move one block at a time to the GPU, if it has less than 32 GB.",
+    )
     parser.add_argument("--push_to_hub", action="store_true", help="Whether or not to push the dataset to the Hub.")
     parser.add_argument("--hub_token", type=str, default=None, help="The token to use to push to the Hub.")
     parser.add_argument(
@@ -139,9 +193,11 @@ def parse_args(input_args=None):
 
 def check_args(args):
     """Refuse, before anything is loaded or written, what could not succeed. Raises SystemExit with one line."""
-    for flag in ("max_sequence_length", "batch_size"):
-        if getattr(args, flag) < 1:
+    for flag in ("max_sequence_length", "batch_size", "boundary_latents", "height", "width", "sampling_steps"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise SystemExit(f"`--{flag}` must be at least 1, not {getattr(args, flag)}.")
+    if args.rollout_shift is not None and args.rollout_shift <= 0:
+        raise SystemExit(f"`--rollout_shift` must be positive, not {args.rollout_shift}.")
 
     output_dir = Path(args.output_dir)
     if output_dir.is_file():
@@ -279,6 +335,131 @@ def embed(pipe, prompts, max_sequence_length):
     return [b[: min(n, max_sequence_length)] for b, n in zip(bits, token_counts(pipe.tokenizer, prompts), strict=True)]
 
 
+def read_boundary_settings(args):
+    """
+    What is known of the latents before the expert is loaded: the settings that training must share, as a dict, the
+    boundary, and the shape of the latents (channels, 1, height, width). Raises SystemExit with one line.
+    """
+    source = {name: getattr(args, name) for name in ("pretrained_model_name_or_path", "revision", "cache_dir")}
+    try:
+        index = WanPipeline.load_config(**source)
+        scheduler = UniPCMultistepScheduler.load_config(**source, subfolder="scheduler")
+        vae = AutoencoderKLWan.load_config(**source, subfolder="vae")
+        transformer = WanTransformer3DModel.load_config(**source, subfolder="transformer")
+    except (OSError, ValueError) as error:
+        message = f"{args.pretrained_model_name_or_path} could not be read: {' '.join(str(error).split())}"
+        raise SystemExit(f"`--pretrained_model_name_or_path` {message}") from error
+    if index.get("boundary_ratio") is None:
+        raise SystemExit("`--boundary_latents` needs a model of two experts; this one has no `boundary_ratio`.")
+    scale = vae["scale_factor_spatial"]
+    for flag, multiple in (
+        ("height", scale * transformer["patch_size"][1]),
+        ("width", scale * transformer["patch_size"][2]),
+    ):
+        if getattr(args, flag) % multiple:
+            raise SystemExit(f"`--{flag}` {getattr(args, flag)} must be a multiple of {multiple} for this model.")
+    settings = {name: getattr(args, name) for name in ("height", "width", "sampling_steps", "rollout_scheduler")}
+    settings["rollout_shift"] = args.rollout_shift or scheduler.get("flow_shift", 1.0)
+    shape = transformer["in_channels"], 1, args.height // scale, args.width // scale
+    return settings, index["boundary_ratio"], shape
+
+
+def load_high_noise_expert(args, settings, device):
+    """Load a WanPipeline of the high-noise expert alone, with the scheduler of the settings."""
+    if settings["rollout_scheduler"] == "euler":
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=settings["rollout_shift"])
+    else:
+        flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+        scheduler = UniPCMultistepScheduler(**flow, flow_shift=settings["rollout_shift"])
+    pipe = WanPipeline.from_pretrained(
+        args.pretrained_model_name_or_path,
+        text_encoder=None,
+        tokenizer=None,
+        vae=None,
+        transformer_2=None,
+        boundary_ratio=None,
+        scheduler=scheduler,
+        revision=args.revision,
+        variant=args.variant,
+        cache_dir=args.cache_dir,
+        dtype=torch.float32 if args.dtype == "fp32" else torch.bfloat16,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    if args.group_offload:
+        pipe.transformer.enable_group_offload(onload_device=device, offload_type="block_level", num_blocks_per_group=1)
+        return pipe
+    return pipe.to(device)
+
+
+@torch.no_grad()
+def paint_to_boundary(pipe, prompt_embeds, negative_prompt_embeds, noise, boundary, settings, guidance_scale):
+    """
+    Paint with `WanPipeline` until the first noise level below the boundary. `prompt_embeds` (B, L, D), `noise`
+    (B, C, 1, H, W) float32; returns latents of the shape of the noise, on the CPU.
+    """
+
+    def stop_at_boundary(pipe, step, _timestep, tensors):
+        following = pipe.scheduler.timesteps[step + 1 : step + 2]
+        pipe._interrupt = bool((following < 1000 * boundary).all())
+        return tensors
+
+    return pipe(
+        prompt_embeds=prompt_embeds,
+        negative_prompt_embeds=negative_prompt_embeds,
+        latents=noise,
+        height=settings["height"],
+        width=settings["width"],
+        num_frames=1,
+        num_inference_steps=settings["sampling_steps"],
+        guidance_scale=guidance_scale,
+        callback_on_step_end=stop_at_boundary,
+        output_type="latent",
+    ).frames.cpu()
+
+
+def paint_share(accelerator, args, shard, negative, settings, boundary, shape):
+    """
+    Paint the boundary latents of the captions in `shard`, a file of this process, into the file `{shard}.boundary`.
+    `negative` is the embedding of the negative prompt; see `read_boundary_settings` for the rest.
+    """
+    pipe = load_high_noise_expert(args, settings, accelerator.device)
+    seeds = list(range(args.seed, args.seed + args.boundary_latents))
+    draws = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    features = Features(
+        boundary_latents=Array5D((len(seeds), *shape), "float32"),
+        boundary_seeds=Sequence(Value("int64")),
+        boundary_settings=Value("string"),
+    )
+    constant = {"boundary_seeds": seeds, "boundary_settings": json.dumps(settings)}
+    rows = Dataset.from_file(shard).with_format("numpy") if Path(shard).stat().st_size else []
+
+    def pad(embeds):
+        rows = [torch.as_tensor(bits).to(torch.int16).view(torch.bfloat16) for bits in embeds]
+        rows = [F.pad(row, (0, 0, 0, args.max_sequence_length - len(row))) for row in rows]
+        return torch.stack(rows).to(accelerator.device)
+
+    starts = range(0, len(rows), args.batch_size)
+    with ArrowWriter(path=f"{shard}.boundary", features=features, writer_batch_size=64) as writer:
+        for start in tqdm(starts, desc="Painting", unit="batch", disable=not accelerator.is_main_process):
+            embeds = pad(rows[start : start + args.batch_size]["prompt_embeds"])
+            prompts = embeds, pad([negative]).expand_as(embeds)
+            painted = [
+                paint_to_boundary(
+                    pipe,
+                    *prompts,
+                    draw.expand(len(embeds), *shape).to(accelerator.device),
+                    boundary,
+                    settings,
+                    args.boundary_guidance_scale,
+                )
+                for draw in draws
+            ]
+            for latents in torch.stack(painted, dim=1).numpy():
+                writer.write({"boundary_latents": latents, **constant})
+        writer.finalize()
+    accelerator.wait_for_everyone()
+
+
 def save_dataset(dataset, card, partial_dir, output_dir):
     """Write the dataset into `partial_dir`, then move it to `output_dir`, in place of what was there."""
     complete_dir = partial_dir / "complete"
@@ -310,6 +491,8 @@ def push_to_hub(repo_id, args):
 def main(args):
     check_args(args)
     captions, num_duplicates = load_captions(args)
+
+    settings, boundary, latent_shape = read_boundary_settings(args) if args.boundary_latents else (None,) * 3
 
     accelerator = Accelerator()
     logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", level=logging.INFO)
@@ -355,16 +538,24 @@ def main(args):
             for caption, prompt_embeds in zip(batch, embed(pipe, batch, args.max_sequence_length), strict=True):
                 writer.write({"caption": caption, "prompt_embeds": prompt_embeds, **provenance})
         writer.finalize()
+    (negative,) = embed(pipe, [args.negative_prompt], args.max_sequence_length)
     accelerator.wait_for_everyone()
 
-    # 4. The main process joins the files, which lie in the order of the captions, and moves the result in place.
+    # 4. The same share again: the high-noise expert, in the place of the text encoder, paints to its boundary.
+    if args.boundary_latents:
+        del pipe
+        paint_share(accelerator, args, shards[accelerator.process_index], negative, settings, boundary, latent_shape)
+
+    # 5. The main process joins the files, which lie in the order of the captions, and moves the result in place.
     if accelerator.is_main_process:
-        (negative,) = embed(pipe, [args.negative_prompt], args.max_sequence_length)
         negative = {"caption": args.negative_prompt, "prompt_embeds": negative, **provenance}
-        dataset = DatasetDict(
-            train=concatenate_datasets([Dataset.from_file(shard) for shard in shards]),
-            negative=Dataset.from_list([negative], features=features),
-        )
+        train = concatenate_datasets([Dataset.from_file(shard) for shard in shards])
+        if args.boundary_latents:
+            latents = concatenate_datasets([Dataset.from_file(f"{shard}.boundary") for shard in shards])
+            train = concatenate_datasets([train, latents], axis=1)
+            # The negative prompt has none, but 🤗 Datasets wants the same columns in both splits.
+            negative.update(dict.fromkeys(latents.column_names))
+        dataset = DatasetDict(train=train, negative=Dataset.from_list([negative], features=train.features))
         repo_id = args.hub_dataset_id or output_dir.name
         card = DATASET_CARD.format(num_captions=len(captions), text_dim=text_dim, repo_id=repo_id, **provenance)
         save_dataset(dataset, card, partial_dir, output_dir)
@@ -374,6 +565,8 @@ def main(args):
         logger.info(f"  Num captions = {len(captions)} ({num_duplicates} duplicates dropped)")
         logger.info(f"  Num processes = {accelerator.num_processes}")
         logger.info(f"  Num truncated = {num_truncated}")
+        if args.boundary_latents:
+            logger.info(f"  Boundary latents = {args.boundary_latents} for each caption")
         logger.info(f"  Dataset = {args.output_dir} ({size / 1e6:.1f} MB)")
         logger.info(
             "  Next: accelerate launch train_srpo_wan_t2i.py"

@@ -17,7 +17,8 @@ Where this differs from the published code (https://github.com/Tencent-Hunyuan/S
 - the denoise and the inversion branch are one batch: one forward and one backward pass instead of two;
 - `--gradient_accumulation_steps` counts rollouts, whatever branches each has; the published loop counts branches;
 - Wan has no embedded guidance: rollouts use classifier-free guidance, the graded step uses none;
-- timesteps are not truncated to integers, and rollouts follow the schedule of diffusers' Euler scheduler;
+- timesteps are not truncated to integers, and rollouts follow diffusers' schedulers, by default 10 steps of UniPC;
+- the VAE works on single images, as a 2-D network that equals the 3-D one there (`flatten_vae`);
 - every random draw is a function of the seed, the step and the sample, so a resumed run repeats the run that it
   continues, and a step is the same, up to rounding, however its samples are spread over processes;
 - images that are not square are padded, not cropped, before HPS sees them, as HPSv2 itself does.
@@ -72,7 +73,7 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
-from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, unpatchify
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, check_min_version
@@ -103,6 +104,10 @@ PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 # The file and the layer by whose weights a model is identified.
 BASE_LAYER = "diffusion_pytorch_model", "blocks.0.attn1.to_q.weight"
 TEXT_ENCODER_LAYER = "model", "encoder.final_layer_norm.weight"
+
+# What `embed_prompts.py --boundary_latents` adds to the dataset, and the flags that it shares with training.
+BOUNDARY_COLUMNS = ("boundary_latents", "boundary_seeds")
+BOUNDARY_FLAGS = ("height", "width", "sampling_steps", "rollout_scheduler", "rollout_shift")
 
 # Independent streams of random numbers. The last seeds what libraries draw: dropout, the rounding of adamw_8bit.
 SHUFFLE, NOISE, POSITION, VALIDATION, GLOBAL = range(5)
@@ -258,16 +263,39 @@ class SampleSampler:
             yield batch
 
 
-def make_noise(args, step, samples, shape):
+def noise_generators(args, step, samples, *update):
     """
-    The noise, (B, C, T, H, W) float32, that samples of a rollout start from; `samples` are their B numbers in the run.
-    With `--noise shared` all samples of a step have the same: different prompts from the same noise give gradients of
-    lower variance, says the SRPO paper. It is drawn on the CPU, so that every device has the same.
+    The generators of what each of the samples of a step starts from; `samples` are their B numbers in the run. With
+    `--noise shared` all have the same: different prompts from the same noise give gradients of lower variance, says
+    the SRPO paper.
     """
-    if args.noise == "shared":
-        noise = torch.randn(shape, generator=make_generator(args.seed, NOISE, step))
-        return noise.expand(len(samples), *shape)
-    return torch.stack([torch.randn(shape, generator=make_generator(args.seed, NOISE, sample)) for sample in samples])
+    keys = [step] * len(samples) if args.noise == "shared" else samples
+    return [make_generator(args.seed, NOISE, key, *update) for key in keys]
+
+
+def make_noise(args, step, samples, shape, *update):
+    """
+    The noise, (B, C, T, H, W) float32, that the samples of a step start from, see [`noise_generators`]. It is drawn on
+    the CPU, so that every device has the same.
+    """
+    return torch.stack([torch.randn(shape, generator=each) for each in noise_generators(args, step, samples, *update)])
+
+
+def make_starts(args, step, samples, shape, batch):
+    """
+    What the images of B samples start from: latents, and the noise in them, each (B, C, 1, H, W) float32. By default
+    both are the noise. With `--rollout_start boundary` they are one of the K latents that `embed_prompts.py
+    --boundary_latents K` has stored for each caption, and the noise of its seed; see [`collate_fn`] for `batch`.
+    """
+    if args.rollout_start == "noise":
+        return (make_noise(args, step, samples, shape),) * 2
+    latents, noise = [], []
+    generators = noise_generators(args, step, samples)
+    for stored, seeds, generator in zip(batch["boundary_latents"], batch["boundary_seeds"], generators, strict=True):
+        pick = torch.randint(len(seeds), (), generator=generator).item()
+        latents.append(torch.as_tensor(stored[pick]))
+        noise.append(torch.randn(shape, generator=torch.Generator().manual_seed(int(seeds[pick]))))
+    return torch.stack(latents), torch.stack(noise)
 
 
 def load_prompt_dataset(path, cache_dir=None):
@@ -284,10 +312,14 @@ def unpack_prompt_embeds(rows, max_sequence_length, dtype):
 
 
 def collate_fn(examples, max_sequence_length, dtype):
-    """Rows of the prompt dataset -> {"captions": list of B strings, "prompt_embeds": (B, max_sequence_length, D)}."""
+    """
+    Rows of the prompt dataset -> {"captions": list of B strings, "prompt_embeds": (B, max_sequence_length, D)}, and
+    lists of what they have of `BOUNDARY_COLUMNS`.
+    """
     return {
         "captions": [example["caption"] for example in examples],
         "prompt_embeds": unpack_prompt_embeds([e["prompt_embeds"] for e in examples], max_sequence_length, dtype),
+        **{name: [e[name] for e in examples] for name in BOUNDARY_COLUMNS if name in examples[0]},
     }
 
 
@@ -313,8 +345,17 @@ def predict_velocity(transformer, latents, sigma, prompt_embeds, tokens_per_samp
     return velocity.float()
 
 
+def make_scheduler(name, shift):
+    """A flow-matching scheduler of diffusers, `euler` or `unipc`, with the `shift` of Wan's `flow_shift`."""
+    if name == "euler":
+        return FlowMatchEulerDiscreteScheduler(shift=shift)
+    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+
+
 @torch.no_grad()
-def rollout(velocity_fn, scheduler, noise, prompt_embeds, negative_prompt_embeds, num_steps, guidance_scale):
+def rollout(
+    velocity_fn, scheduler, noise, prompt_embeds, negative_prompt_embeds, num_steps, guidance_scale, boundary=None
+):
     """
     Paints clean latents from noise: what `WanPipeline(..., output_type="latent")` gives with this scheduler, but with
     both halves of classifier-free guidance in one batch.
@@ -326,16 +367,18 @@ def rollout(velocity_fn, scheduler, noise, prompt_embeds, negative_prompt_embeds
         prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape (B, L, D)): with and against the captions.
         num_steps (`int`): steps of the scheduler.
         guidance_scale (`float`): 1.0 leaves the negative prompt out and halves the work.
+        boundary (`float`, *optional*): start from latents at the first noise level below this one instead.
 
     Returns x0, float32, of the shape of the noise.
     """
     guided = guidance_scale > 1.0
     if guided:
         prompt_embeds = torch.cat([prompt_embeds, negative_prompt_embeds])
-    scheduler.set_timesteps(num_steps, device=noise.device)
-    scheduler.set_begin_index(0)
+    scheduler.set_timesteps(num_steps)  # on the CPU, where reading a noise level waits for no GPU
+    first = 0 if boundary is None else int((scheduler.timesteps >= 1000 * boundary).sum())
+    scheduler.set_begin_index(first)
     latents = noise
-    for timestep in scheduler.timesteps:
+    for timestep in scheduler.timesteps[first:]:
         velocity = velocity_fn(torch.cat([latents, latents]) if guided else latents, timestep / 1000, prompt_embeds)
         if guided:
             conditional, unconditional = velocity.chunk(2)
@@ -345,6 +388,32 @@ def rollout(velocity_fn, scheduler, noise, prompt_embeds, negative_prompt_embeds
 
 
 # ---- The VAE: latents to pixels, with a gradient. -------------------------------------------------------------------
+class ImageConv(torch.nn.Conv2d):
+    """A [`WanCausalConv3d`] for clips of one frame. It takes and gives (B, C, 1, H, W)."""
+
+    def __init__(self, conv):
+        padding, options = (conv._padding[2], conv._padding[0]), {"device": conv.weight.device}
+        sizes = conv.in_channels, conv.out_channels, conv.kernel_size[1:], conv.stride[1:], padding
+        super().__init__(*sizes, bias=conv.bias is not None, dtype=conv.weight.dtype, **options)
+        weights = {"weight": conv.weight[:, :, -1], **({} if conv.bias is None else {"bias": conv.bias})}
+        self.load_state_dict(weights)
+
+    def forward(self, x, _cache=None):
+        return super().forward(x.squeeze(2)).unsqueeze(2)
+
+
+def flatten_vae(vae):
+    """
+    Turns an [`AutoencoderKLWan`] into one for single images, which gives the same: a causal 3-D convolution sees the
+    image behind frames of zeros, so of its kernel only the last temporal slice matters, which is a 2-D convolution.
+    """
+    for module in list(vae.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, WanCausalConv3d):
+                setattr(module, name, ImageConv(child).requires_grad_(child.weight.requires_grad))
+    return vae
+
+
 def decode_latents(vae, latents):
     """
     Decodes the latents of single images. The same as `vae.decode` after undoing the normalisation, except that the
@@ -580,7 +649,7 @@ def lora_metadata(transformer):
 def make_optimizer(args, parameters):
     """AdamW over the trainable ones of `parameters`. DeepSpeed replaces it by its own if that runs on the CPU."""
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
-    optimizer = torch.optim.AdamW
+    optimizer = partial(torch.optim.AdamW, fused=True)  # one kernel for all weights
     if args.optimizer == "adamw_8bit":
         from torchao.optim import AdamW8bit  # optional
 
@@ -764,6 +833,7 @@ def describe_run(accelerator, args):
         "num_processes": accelerator.num_processes,
         "train_batch_size": args.train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "updates_per_rollout": args.updates_per_rollout,
         "transformer_subfolder": args.transformer_subfolder,
         "base model, by a hash of its weights": weights_fingerprint(args, args.transformer_subfolder, *BASE_LAYER),
         "LoRA rank, alpha and modules": [args.lora_rank, args.lora_alpha, args.lora_target_modules],
@@ -1053,7 +1123,17 @@ def parse_args(input_args=None):
         help="The number of denoising steps of the schedule that the window is cut from, and of validation images.")
 
     add = parser.add_argument_group("rollout").add_argument
-    add("--sampling_steps", type=int, default=25, help="The number of denoising steps of a rollout.")
+    add("--sampling_steps", type=int, default=10, help="The number of denoising steps of a rollout.")
+    add("--rollout_scheduler", choices=["unipc", "euler"], default="unipc",
+        help="The solver of rollouts. UniPC comes closer to the exact solution at every number of steps.")
+    add("--rollout_start", choices=["noise", "boundary"], default="noise",
+        help="boundary: from latents that the high-noise expert painted; see `embed_prompts.py --boundary_latents`.")
+    add("--rollout_batch_size", type=int,
+        help="Most samples of an update to roll out at once (per device). Under offload the weights then travel less "
+             "often. Default: train_batch_size.")
+    add("--updates_per_rollout", type=int, default=1,
+        help="Number of updates, each at a new position with new control words, that a rollout is used for.")
+    add("--renew_noise", action="store_true", help="Also inject new noise in further updates on the same rollout.")
     add("--rollout_shift", type=float, help="Shift of the rollout's schedule. Default: `flow_shift` of the model.")
     add("--rollout_guidance_scale", type=float, default=3.0,
         help="Classifier-free guidance scale of rollouts. 1.0 turns it off and halves their cost.")
@@ -1090,6 +1170,7 @@ def parse_args(input_args=None):
     add("--adam_epsilon", type=float, default=1e-8, help="Epsilon value for the AdamW optimizer.")
     add("--max_grad_norm", type=float, default=0.1, help="Max gradient norm.")
     add("--gradient_checkpointing", action="store_true", help="Save memory at the expense of slower backward pass.")
+    add("--compile", action="store_true", help="Compile the blocks of the transformer: minutes once, then faster.")
     add("--allow_tf32", action="store_true", help="Whether or not to allow TF32 on Ampere and later GPUs.")
 
     add = parser.add_argument_group("validation").add_argument
@@ -1130,13 +1211,17 @@ def check_values(args, error):
     """Refuses values that no run can use. `error` takes the message and does not return."""
     counts = ["train_batch_size", "gradient_accumulation_steps", "max_train_steps", "max_sequence_length"]
     counts += ["sampling_steps", "num_inference_steps", "validation_steps", "checkpointing_steps"]
-    for name in [*counts, "checkpoints_total_limit", "lora_rank"]:
+    for name in [*counts, "updates_per_rollout", "rollout_batch_size", "checkpoints_total_limit", "lora_rank"]:
         value = getattr(args, name)
         if value is not None and value < 1:
             error(f"`--{name}` must be at least 1, but is {value}.")
     (first, last), steps = args.train_timestep, args.num_inference_steps
     if not 0 <= first < last <= steps:
         error(f"`--train_timestep {first} {last}` must be two growing steps of the {steps} `--num_inference_steps`.")
+    if args.checkpointing_steps % args.updates_per_rollout:
+        error("`--checkpointing_steps` must be a multiple of `--updates_per_rollout`, to resume with a new rollout.")
+    if args.renew_noise and args.updates_per_rollout == 1:
+        error("`--renew_noise` needs `--updates_per_rollout` above 1; each rollout has new noise anyway.")
     for name, valid, what in (
         ("timestep_length", args.timestep_length >= 2 * POSITION_MARGIN, f"at least {2 * POSITION_MARGIN}"),
         ("groundtruth_ratio", 0 < args.groundtruth_ratio < 1, "between 0 and 1"),
@@ -1227,6 +1312,8 @@ def read_model_info(args):
 def check_window(args, model):
     """Refuses a training window above the boundary of the low-noise expert and names the largest valid one."""
     if not model.two_experts:
+        if args.rollout_start == "boundary":
+            raise ValueError("`--rollout_start boundary` needs a model of two experts; this one has no boundary.")
         return
     schedule = shift_sigmas(torch.linspace(1, 0, args.num_inference_steps + 1), args.shift)
     first, last = args.train_timestep
@@ -1294,6 +1381,17 @@ def check_dataset(args, model):
                 raise ValueError(
                     f"{name} holds {what} {', '.join(map(str, found))}, but `{path}` with `--max_sequence_length "
                     f"{args.max_sequence_length}` needs {expected}. Embed the captions again for this model."
+                )
+    if args.rollout_start == "boundary":
+        if not set(BOUNDARY_COLUMNS) <= set(dataset["train"].column_names):
+            raise ValueError(f"{name} has no boundary latents; make it with `embed_prompts.py --boundary_latents`.")
+        found = json.loads(dataset["train"][0]["boundary_settings"])
+        wanted = {**vars(args), "rollout_shift": args.rollout_shift or model.flow_shift}
+        for flag in BOUNDARY_FLAGS:
+            if found[flag] != wanted[flag]:
+                raise ValueError(
+                    f"{name} has boundary latents of `--{flag} {found[flag]}`, not {wanted[flag]}. Train with the "
+                    "same, or make others with embed_prompts.py."
                 )
     return dataset
 
@@ -1364,6 +1462,8 @@ def check_deepspeed(args, config, num_processes):
         raise ValueError(
             "`--base_weights fp8` needs a configuration without DeepSpeed, which has one precision for all."
         )
+    if args.compile and config["zero_optimization"]["stage"] == 3:
+        raise ValueError("`--compile` needs whole weights; under ZeRO-3 they come and go while a block runs.")
     for section in ("optimizer", "scheduler"):
         if section in config:
             raise ValueError(f"The DeepSpeed file has a `{section}`. Remove it: the script has flags for that.")
@@ -1512,7 +1612,7 @@ def main(args):
     validation = make_validation_set(accelerator, args, dataset, transformer_dtype)
     source = model_source(args)
     vae = AutoencoderKLWan.from_pretrained(**source, subfolder="vae", variant=args.variant, dtype=weight_dtype)
-    vae.requires_grad_(False).eval().to(accelerator.device)
+    flatten_vae(vae).requires_grad_(False).eval().to(accelerator.device)
     reward_model = load_reward_model(args, accelerator.device, reward_dtype)
     transformer = WanTransformer3DModel.from_pretrained(
         **source, subfolder=args.transformer_subfolder, variant=args.variant, dtype=transformer_dtype
@@ -1526,10 +1626,12 @@ def main(args):
         transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=transformer_dtype)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
+    if args.compile:
+        transformer.compile_repeated_blocks()
     transformer.eval()  # a new LoRA, too: its dropout belongs to the graded step
     if deepspeed:
         partition_weights(accelerator, transformer, transformer_dtype)
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=args.rollout_shift or model.flow_shift)
+    scheduler = make_scheduler(args.rollout_scheduler, args.rollout_shift or model.flow_shift)
 
     optimizer = make_optimizer(args, transformer.parameters())
     rotary_tables = [table.clone() for table in transformer.rope.buffers()]
@@ -1579,26 +1681,37 @@ def main(args):
     validate_if_due(first_step)
 
     accumulation = args.gradient_accumulation_steps
-    rollouts = range(first_step * accumulation, args.max_train_steps * accumulation)
+    reuse = args.updates_per_rollout
+    rollouts = range(first_step // reuse * accumulation, -(-args.max_train_steps // reuse) * accumulation)
     share = args.train_batch_size, accelerator.process_index, accelerator.num_processes
     sampler = SampleSampler(len(dataset["train"]), args.seed, rollouts, *share)
+    boundary = model.boundary_ratio if args.rollout_start == "boundary" else None
+    columns = ["caption", "prompt_embeds", *(BOUNDARY_COLUMNS if boundary is not None else ())]
     dataloader = torch.utils.data.DataLoader(
-        dataset["train"].select_columns(["caption", "prompt_embeds"]).with_format("numpy"),
+        dataset["train"].select_columns(columns).with_format("numpy"),
         batch_sampler=sampler,
         collate_fn=partial(collate_fn, max_sequence_length=args.max_sequence_length, dtype=transformer_dtype),
         num_workers=args.dataloader_num_workers,
+        pin_memory=accelerator.device.type == "cuda",
         worker_init_fn=partial(handle_stop_signals, signal.SIG_IGN),
     )
     batches = iter(dataloader)
     negative = collate_fn([dataset["negative"][0]], args.max_sequence_length, transformer_dtype)["prompt_embeds"]
-    negative = negative.repeat(args.train_batch_size, 1, 1).to(accelerator.device)
+    negative = negative.to(accelerator.device)
 
     train_sigmas = make_train_sigmas(args.num_inference_steps, args.shift, args.train_timestep, args.timestep_length)
     latent_shape = (model.in_channels, 1, args.height // model.vae_scale_factor, args.width // model.vae_scale_factor)
     tokens = latent_shape[2] // model.patch_size[1] * (latent_shape[3] // model.patch_size[2])
     velocity_fn = partial(predict_velocity, transformer, tokens_per_sample=tokens if model.expand_timesteps else None)
 
-    guidance_scale = args.rollout_guidance_scale
+    def roll_out(start, embeds):
+        solver = {"num_steps": args.sampling_steps, "guidance_scale": args.rollout_guidance_scale}
+        return rollout(velocity_fn, scheduler, start, embeds, negative.expand_as(embeds), **solver, boundary=boundary)
+
+    def split(size, *tensors):
+        return (tensor.split(size) for tensor in tensors)
+
+    rollout_size = args.rollout_batch_size or args.train_batch_size
     samples_per_step = args.train_batch_size * accelerator.num_processes * accumulation
     logger.info("***** Running training *****")
     logger.info(f"  Num captions = {len(dataset['train'])}")
@@ -1623,22 +1736,29 @@ def main(args):
             weight = shift_sigmas(position / args.timestep_length, args.loss_weight_shift)
         torch.manual_seed(make_generator(args.seed, GLOBAL, step, accelerator.process_index).initial_seed())
 
+        # 2. Captions and what their images start from, then clean latents, rolled out without gradient.
+        group, update = divmod(step, reuse)
+        if update == 0:
+            numbers = range(group * accumulation, (group + 1) * accumulation)
+            shares = [(next(batches), sampler.samples(number)) for number in numbers]
+            starts = [make_starts(args, group, samples, latent_shape, batch) for batch, samples in shares]
+            embeds = [batch["prompt_embeds"].to(accelerator.device, non_blocking=True) for batch, _ in shares]
+            embeds, latents, noise = (torch.cat(tensors) for tensors in (embeds, *zip(*starts, strict=True)))
+            latents, noise = latents.to(accelerator.device), noise.to(accelerator.device)
+            x0 = torch.cat([roll_out(*part) for part in zip(*split(rollout_size, latents, embeds), strict=True)])
+        elif args.renew_noise:
+            noise = [make_noise(args, group, samples, latent_shape, update) for _, samples in shares]
+            noise = torch.cat(noise).to(accelerator.device)
+
         step_metrics = []
-        for rollout_index in range(accumulation):
-            # 2. Captions, their embeddings, and the noise they start from.
-            batch = next(batches)
-            captions, embeds = batch["captions"], batch["prompt_embeds"].to(accelerator.device, non_blocking=True)
-            samples = sampler.samples(step * accumulation + rollout_index)
-            noise = make_noise(args, step, samples, latent_shape).to(accelerator.device)
+        for (batch, _), *part in zip(shares, *split(args.train_batch_size, x0, noise, embeds), strict=True):
             with accelerator.accumulate(transformer):
-                # 3. Roll out clean latents, without gradient.
-                x0 = rollout(velocity_fn, scheduler, noise, embeds, negative, args.sampling_steps, guidance_scale)
-                # 4. Inject noise, step, recover, decode, score.
+                # 3. Inject noise, step, recover, decode, score.
                 transformer.train()
                 loss, metrics = graded_pass(
-                    velocity_fn, vae, reward_model, x0, noise, embeds, captions, words, branches, args, weight
+                    velocity_fn, vae, reward_model, *part, batch["captions"], words, branches, args, weight
                 )
-                # 5. Back-propagate and update.
+                # 4. Back-propagate and update.
                 accelerator.backward(loss)
                 transformer.eval()
                 if accelerator.sync_gradients:
@@ -1647,11 +1767,12 @@ def main(args):
                 optimizer.zero_grad()
                 step_metrics.append(torch.stack(list(metrics.values())))
 
-        # 6. Log.
+        # 5. Log. Here alone the step waits for the GPU.
         received = torch.tensor([float(signals[-1])], device=accelerator.device)
         gathered = accelerator.gather(torch.cat([torch.stack(step_metrics).mean(0), received])[None])
-        means, stopped_by = gathered[:, :-1].mean(0).tolist(), int(gathered[:, -1].max())
+        *means, received = torch.cat([gathered.mean(0)[:-1], gathered.max(0).values[-1:]]).tolist()
         means = {**dict(zip(metrics, means, strict=True)), "grad_norm": float(grad_norm)}
+        stopped_by = int(received) if (step + 1) % reuse == 0 else 0  # a rollout is not saved, so it is used up first
         if not np.isfinite(list(means.values())).all():
             raise SystemExit(f"error: not finite at step {step + 1}: {means}")
         seconds = time.perf_counter() - started
@@ -1674,7 +1795,7 @@ def main(args):
         progress_bar.set_postfix(loss=f"{logs['loss']:.4f}", reward=f"{logs['reward_positive']:.4f}")
         logger.debug(f"step {done}: " + ", ".join(f"{name} {value:.5g}" for name, value in logs.items()))
 
-        # 7. Images and checkpoints.
+        # 6. Images and checkpoints.
         if not stopped_by:
             validate_if_due(done)
         if done % args.checkpointing_steps == 0 or stopped_by:
