@@ -21,12 +21,12 @@ import torch
 
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path += [str(ROOT), str(ROOT / "tests")]
-
-from miniature.drawings import GUIDANCE_SCALE, MAX_SEQUENCE_LENGTH, captions  # noqa: E402
+MINIATURE = ROOT / "tests" / "miniature"
+sys.path += [str(ROOT), str(ROOT / "tests"), str(MINIATURE)]
 
 from diffusers import WanPipeline  # noqa: E402
 
+from drawings import GUIDANCE_SCALE, MAX_SEQUENCE_LENGTH, captions  # noqa: E402
 from train_srpo_wan_t2i import make_generator, make_scheduler, predict_velocity, rollout  # noqa: E402
 
 

@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 import yaml
 from build import sample
-from drawings import GUIDANCE_SCALE, MAX_SEQUENCE_LENGTH, caption_accuracy, captions, style_share
 
 from diffusers import WanPipeline, WanTransformer3DModel
+
+from drawings import GUIDANCE_SCALE, MAX_SEQUENCE_LENGTH, caption_accuracy, captions, style_share
 
 
 HERE = Path(__file__).parent
