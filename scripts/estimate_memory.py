@@ -219,13 +219,16 @@ def run_phases(args, model, transformer, dtype, vae, reward_model, scheduler):
         tracker.phase = "rollout"
         embeds = torch.empty(batch, args.max_sequence_length, model.text_dim, dtype=dtype)
         noise, velocity_fn = sized(args.height, args.width)
-        x0 = trainer.rollout(velocity_fn, scheduler, noise, embeds, embeds, 1, args.rollout_guidance_scale)
+        together = min(args.rollout_batch_size or batch, batch * args.gradient_accumulation_steps)
+        starts, texts = noise[:1].repeat(together, 1, 1, 1, 1), embeds[:1].expand(together, -1, -1)
+        trainer.rollout(velocity_fn, scheduler, starts, texts, texts, 1, args.rollout_guidance_scale)
+        x0 = torch.empty_like(noise)
         tracker.phase, entered[:] = "forward", []
         transformer.train()
         inputs = (vae, reward_model, x0, noise, embeds, ["caption"] * batch, ("positive", "negative"), branches, args)
         loss, metrics = trainer.graded_pass(velocity_fn, *inputs)
         loss.backward()
-        del loss, metrics, x0, noise, inputs
+        del loss, metrics, x0, noise, starts, texts, inputs
         if args.validation_prompts != []:
             tracker.phase = "validation"
             with torch.no_grad():  # WanPipeline runs guidance in two passes; its decoder keeps a cache
@@ -260,7 +263,8 @@ def measure(args, launch):
     reward_dtype = {None: weight_dtype, "fp32": torch.float32, "bf16": torch.bfloat16}[args.reward_dtype]
     scheduler = trainer.FlowMatchEulerDiscreteScheduler()  # reads values, which fake tensors lack
     with mock.patch.object(torch.nn.Module, "_apply", assign_data), FakeTensorMode():
-        vae = trainer.AutoencoderKLWan.from_config(vae_config).requires_grad_(False).to(weight_dtype)
+        vae = trainer.flatten_vae(trainer.AutoencoderKLWan.from_config(vae_config))
+        vae.requires_grad_(False).to(weight_dtype)
         reward_model = make_reward_model(args, reward_dtype)
         frozen = sum(t.nbytes for module in (vae, reward_model) for t in (*module.parameters(), *module.buffers()))
         transformer, dtype = make_transformer(args, launch)
@@ -274,14 +278,14 @@ def measure(args, launch):
 
 # ---- What the engine holds: rows of (what, bytes, in which phases), on one GPU, and on the host for one process. ----
 def plain_engine(args, launch, measured, largest):
-    """AdamW of PyTorch, whose step makes a copy of one state, or of torchao, which goes weight by weight."""
+    """AdamW of PyTorch, fused, whose step needs no memory, or of torchao, which goes weight by weight."""
     gradients, eight_bit = measured.total(trained=True), args.optimizer == "adamw_8bit"
     return [
         ("parameters", measured.total(), GPU),
         ("optimizer", measured.total(ADAMW_8BIT, trained=True) if eight_bit else 2 * gradients, TRAINING),
         ("gradients", gradients, HELD[args.gradient_accumulation_steps > 1]),
         ("engine buffers", gradients if launch.distributed_type == "MULTI_GPU" else 0, TRAINING),  # buckets of DDP
-        ("engine buffers", 16 * largest if eight_bit else gradients, "step"),  # both states in float32
+        ("engine buffers", 16 * largest if eight_bit else 0, "step"),  # both states in float32
     ]
 
 
@@ -294,7 +298,7 @@ def zero_engine(args, launch, measured, largest):
     """
     ZeRO-2, stage_1_and_2.py: bf16 weights whole on each GPU, and a part of the rest. With offload, the part is cloned
     on the GPU before it goes to the host. Two buckets of gradients are filled in turns, and gathered in a third where
-    they go to several processes. The step copies gradients and a state in the type of the master weights.
+    they go to several processes. The step copies gradients in the type of the master weights.
     ZeRO-3, stage3.py: a part of everything. While the transformer computes, `stage3_max_live_parameters` are gathered,
     or as many as are used again within `stage3_max_reuse_distance`. The step goes by groups of `sub_group_size`.
     Parameters on the host are locked one by one, and copied to a vector that is locked whatever `pin_memory` says.
@@ -306,7 +310,7 @@ def zero_engine(args, launch, measured, largest):
     master = part * (2 if bf16.get("bf16_master_weights_and_grads") else 4)
     states = 2 * master if not moved else part * (4 if bf16.get("bf16_optimizer_states") else 8)
     if zero["stage"] == 2:
-        buffers = {"start": 2 * part} if moved else {"step": 2 * master - 2 * part}
+        buffers = {"start": 2 * part} if moved else {"step": master - 2 * part}
         buffers["backward"] = bucket * (1 + bool(zero.get("overlap_comm")) + (launch.processes > 1))
         buffers["backward"] += 0 if moved else 2 * part * accumulates
         masters, gradients = locked(master, offload), locked(master, offload) + 2 * part * accumulates
@@ -315,7 +319,7 @@ def zero_engine(args, launch, measured, largest):
         groups = max(1, part / zero["sub_group_size"])
         live = min(max(zero["stage3_max_live_parameters"], zero["stage3_max_reuse_distance"]), measured.total(1))
         buffers = {phase: bucket + 2 * live for phase in COMPUTE.split()}
-        buffers |= {"backward": 2 * (bucket + live), "step": bucket + (0 if moved else 2 * master / groups)}
+        buffers |= {"backward": 2 * (bucket + live), "step": bucket + (0 if moved else master / groups)}
         masters, gradients = master, locked(2 * part, offload) + groups * locked(master / groups, offload)
         parameters, copy = (measured.total(2) / launch.processes, GPU), 0
         if on_cpu.get("device") == "cpu":  # PyTorch keeps locked memory for later, so the first copy counts
