@@ -136,16 +136,12 @@ def make_train_sigmas(num_inference_steps, shift, train_timestep, timestep_lengt
 def branch_sigmas(train_sigmas, position, groundtruth_ratio):
     """
     The noise levels between which each branch takes its step. Both branches recover the image from (nearly) the same
-    level: the denoise branch comes from above, the inversion branch from below.
+    level: the denoise branch comes from above, the inversion branch from below. `train_sigmas` are those (L,) of
+    [`make_train_sigmas`]; 1 <= `position` < L counts from the end of low noise, else a `ValueError` is raised; and
+    `groundtruth_ratio` is the share of the window that is injected noise, the rest of which the step spans.
 
-    Args:
-        train_sigmas (`torch.Tensor` of shape (L,)): from [`make_train_sigmas`], descending.
-        position (`int`): 1 <= position < L, counted from the end of low noise; else a `ValueError` is raised.
-        groundtruth_ratio (`float`): share of the window that is injected noise; the step spans the rest.
-
-    Returns:
-        Three pairs: denoise (sigma_from, sigma_to), inversion (sigma_from, sigma_to), and the positions at which the
-        denoise and the inversion branch read their discounts. Source: fastvideo/SRPO.py.
+    Returns three pairs: denoise (sigma_from, sigma_to), inversion (sigma_from, sigma_to), and the positions at which
+    the denoise and the inversion branch read their discounts. Source: fastvideo/SRPO.py.
     """
     length = len(train_sigmas)
     if not 1 <= position < length:
@@ -326,16 +322,10 @@ def collate_fn(examples, max_sequence_length, dtype):
 # ---- The transformer: velocity and rollout. -------------------------------------------------------------------------
 def predict_velocity(transformer, latents, sigma, prompt_embeds, tokens_per_sample=None):
     """
-    One forward pass of the transformer.
-
-    Args:
-        transformer: a [`WanTransformer3DModel`], bare or prepared by Accelerate.
-        latents (`torch.Tensor` of shape (B, C, T, H, W)): noisy latents.
-        sigma (`float` or `torch.Tensor` of shape () or (B,)): their noise level in [0, 1], a timestep / 1000.
-        prompt_embeds (`torch.Tensor` of shape (B, L, D)): text embeddings in the type that the transformer takes.
-        tokens_per_sample (`int`, *optional*): for models with `expand_timesteps`, which take a timestep per token.
-
-    Returns `noise - x0` as the transformer sees it, float32, of the shape of the latents.
+    One forward pass of a [`WanTransformer3DModel`], bare or prepared by Accelerate: noisy latents (B, C, T, H, W) of
+    noise level `sigma` in [0, 1], a float or of shape () or (B,), and text embeddings (B, L, D) in the type that the
+    transformer takes -> `noise - x0` as it sees it, float32, of the shape of the latents. Models with
+    `expand_timesteps` take a timestep per token, so they need `tokens_per_sample`.
     """
     timestep = 1000 * torch.as_tensor(sigma, dtype=torch.float32, device=latents.device).expand(len(latents))
     if tokens_per_sample is not None:
@@ -362,10 +352,9 @@ def rollout(
 
     Args:
         velocity_fn (`Callable`): (latents, sigma, prompt_embeds) -> velocity, see [`predict_velocity`].
-        scheduler: a flow-matching scheduler of diffusers.
+        scheduler: a flow-matching scheduler of diffusers, which takes `num_steps`.
         noise (`torch.Tensor` of shape (B, C, T, H, W)): where to start.
         prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape (B, L, D)): with and against the captions.
-        num_steps (`int`): steps of the scheduler.
         guidance_scale (`float`): 1.0 leaves the negative prompt out and halves the work.
         boundary (`float`, *optional*): start from latents at the first noise level below this one instead.
 
@@ -405,7 +394,7 @@ class ImageConv(torch.nn.Conv2d):
 def flatten_vae(vae):
     """
     Turns an [`AutoencoderKLWan`] into one for single images, which gives the same: a causal 3-D convolution sees the
-    image behind frames of zeros, so of its kernel only the last temporal slice matters, which is a 2-D convolution.
+    image behind frames of zeros, so of its kernel only the last temporal slice matters, which is a 2-D one.
     """
     for module in list(vae.modules()):
         for name, child in module.named_children():
@@ -1355,8 +1344,7 @@ def weights_fingerprint(args, subfolder, file, name):
     return hashlib.sha256(weight.to(torch.bfloat16).view(torch.int16).numpy().tobytes()).hexdigest()[:16]
 
 
-def text_encoder_fingerprint(args):
-    """Identifies the text encoder as `embed_prompts.py` does."""
+def text_encoder_fingerprint(args):  # the one of `embed_prompts.py`
     return weights_fingerprint(args, "text_encoder", *TEXT_ENCODER_LAYER)
 
 
@@ -1780,14 +1768,8 @@ def main(args):
             peak = torch.cuda.max_memory_allocated(accelerator.device)
         else:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        logs = {
-            **means,
-            "lr": float(lr_scheduler.get_last_lr()[0]),
-            "sigma": branches[0].sigma_to,
-            "seconds": seconds,
-            "images_per_second": samples_per_step / seconds,
-            "peak_memory_gb": peak / 1e9,
-        }
+        logs = {**means, "lr": float(lr_scheduler.get_last_lr()[0]), "sigma": branches[0].sigma_to}
+        logs |= {"seconds": seconds, "images_per_second": samples_per_step / seconds, "peak_memory_gb": peak / 1e9}
         lr_scheduler.step()
         history.append({"step": (done := step + 1), **logs})
         accelerator.log(logs, step=done)

@@ -10,6 +10,11 @@ The plain implementation of the published loop and this trainer at fast settings
 does, with the same draws, and are judged every four updates: `WanPipeline` paints 224 images, and a judge tells style
 and caption from their pixels. Only updates count, not judging, loading and saving. Writes
 `outputs/benchmarks/effect.json`.
+
+    python benchmarks/effect.py --reuse
+
+What `--updates_per_rollout` costs in effect: the same number of updates with more or fewer rollouts. Writes
+`outputs/benchmarks/reuse.json`.
 """
 
 import argparse
@@ -31,6 +36,7 @@ from drawings import MAX_SEQUENCE_LENGTH, captions
 
 SHARE, EVERY, LONGEST = 0.85, 4, 48
 PLAIN = ("--sampling_steps", 25, "--rollout_scheduler", "euler")
+NO_VALIDATION = ("--validation_prompts",)
 FAST = ("--sampling_steps", 8, "--updates_per_rollout", 4)
 
 
@@ -47,13 +53,19 @@ def train_plain(flags, output_dir, updates=LONGEST):
 def train_fast(flags, output_dir, updates=LONGEST):
     """The same with the trainer, which runs to its end first and leaves a checkpoint at each."""
     output = ["--output_dir", output_dir, "--overwrite_output_dir", "--checkpointing_steps", EVERY]
-    times = run_trainer([*flags, *FAST, "--max_train_steps", updates, *output, "--validation_prompts"])
+    times = run_trainer([*flags, *FAST, "--max_train_steps", updates, *output, *NO_VALIDATION])
     for step in range(EVERY, updates + 1, EVERY):
         yield step, sum(times[:step]), load_file(output_dir / f"checkpoint-{step}" / "model.safetensors")
 
 
-def main(output_dir):
-    folder = output_dir / "effect"
+def judge_weights(weights):
+    expert = WanTransformer3DModel.from_pretrained(MINIATURE / "model", subfolder="transformer_2")
+    expert.load_state_dict(weights)
+    return judge(expert)
+
+
+def prepare(folder):
+    """Embeds the captions of the miniature; returns the flags of the demo's training."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     (folder / "prompts.yaml").write_text(yaml.safe_dump({"prompts": captions()}))
@@ -61,16 +73,19 @@ def main(output_dir):
     embed = [*base, "--prompts", folder / "prompts.yaml", "--output_dir", folder / "embeddings"]
     embed_prompts.main(embed_prompts.parse_args([str(flag) for flag in embed]))
     data = ["--dataset_name", folder / "embeddings", "--reward_model_path", MINIATURE / "reward"]
-    flags = [*base, *data, *shlex.split(TRAINING), "--checkpoints_total_limit", LONGEST]
+    return [*base, *data, *shlex.split(TRAINING), "--checkpoints_total_limit", LONGEST]
 
+
+def compare(output_dir):
+    """The plain loop and the trainer at fast settings, each until enough images are in the real style."""
+    folder = output_dir / "effect"
+    flags = prepare(folder)
     result, table = {"device": str(DEVICE)}, []
     for name, train in (("plain", train_plain), ("fast", train_fast)):
         with Anatomy().watch() as anatomy:
             list(train(flags, folder / f"{name}_counted", EVERY))
         for updates, seconds, weights in train(flags, folder / name):
-            expert = WanTransformer3DModel.from_pretrained(MINIATURE / "model", subfolder="transformer_2")
-            expert.load_state_dict(weights)
-            verdict = judge(expert)
+            verdict = judge_weights(weights)
             share, accuracy = verdict["real_style_share"], verdict["caption_accuracy"]
             table.append(f"{name:8}{updates:8}{seconds:9.1f}{share:9.3f}{accuracy:11.3f}")
             print(table[-1], flush=True)
@@ -89,8 +104,29 @@ def main(output_dir):
     (output_dir / "effect.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
+def compare_reuse(output_dir):
+    """The same updates with a new rollout for each, every second, fourth and eighth, with old and new noise."""
+    folder = output_dir / "reuse"
+    flags = prepare(folder)
+    table = []
+    for reuse, *renewed in ((1,), (2,), (4,), (8,), (4, "--renew_noise"), (8, "--renew_noise")):
+        settings = ["--sampling_steps", FAST[1], "--updates_per_rollout", reuse, *renewed, "--max_train_steps", 16]
+        output = folder / "-".join(map(str, (reuse, *renewed)))
+        times = run_trainer([*flags, *settings, "--checkpointing_steps", 16, "--output_dir", output, *NO_VALIDATION])
+        verdict = judge_weights(load_file(output / "checkpoint-16" / "model.safetensors"))
+        table.append({"updates_per_rollout": reuse, "renew_noise": bool(renewed), "seconds": sum(times), **verdict})
+    print(f"\n{'N':>3}{'noise':>8}{'seconds':>9}{'share':>9}{'captions':>11}    after 16 updates")
+    for row in table:
+        noise, share = "new" if row["renew_noise"] else "same", row["real_style_share"]
+        line = f"{row['updates_per_rollout']:3}{noise:>8}{row['seconds']:9.1f}{share:9.3f}"
+        print(f"{line}{row['caption_accuracy']:11.3f}")
+    (output_dir / "reuse.json").write_text(json.dumps(table, indent=2) + "\n")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=lambda path: ROOT / path, default=ROOT / "outputs" / "benchmarks")
+    parser.add_argument("--reuse", action="store_true", help="Compare numbers of `--updates_per_rollout` instead.")
+    args = parser.parse_args()
     torch.set_num_threads(1)  # two threads wait for each other at this size
-    main(parser.parse_args().output_dir)
+    (compare_reuse if args.reuse else compare)(args.output_dir)

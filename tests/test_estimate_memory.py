@@ -99,7 +99,7 @@ def test_the_expert_has_14_billion_parameters():
 
 def test_activations_of_the_graded_pass():
     peaks = {phase: round(peak / 1e9, 2) for phase, peak in measured().peaks.items()}
-    assert peaks == {"rollout": 0.28, "forward": 1.12, "image": 5.53, "backward": 1.97, "validation": 3.63}
+    assert peaks == {"rollout": 0.28, "forward": 1.12, "image": 4.51, "backward": 1.97, "validation": 3.43}
 
 
 def test_zero2_splits_all_but_the_weights():
@@ -107,8 +107,8 @@ def test_zero2_splits_all_but_the_weights():
         "parameters": 28.58,
         "optimizer": 21.43,  # 12 bytes x 14.29 billion / 8
         "gradients": 3.57,  # 2 bytes x 14.29 billion / 8
-        "engine buffers": 10.72,  # a copy of the gradients and of a state, in float32
-        "frozen models": 2.23,
+        "engine buffers": 3.57,  # a copy of the gradients in float32, less those in bf16
+        "frozen models": 2.06,
         "CUDA context": 0.6,
     }
     assert rounded(gigabytes("a100x8_2nodes")["step"])["optimizer"] == 10.72
@@ -128,7 +128,7 @@ def test_offload_moves_master_weights_gradients_and_states_to_the_host():
         "optimizer": 171.46,  # 12 bytes x 14.29 billion
         "processes": 3.0,
     }
-    assert most(table, GPU) == "60.0"  # the weights twice: ZeRO-2 with offload cannot start on 40 GB
+    assert most(table, GPU) == "59.8"  # the weights twice: ZeRO-2 with offload cannot start on 40 GB
 
 
 def test_page_locked_memory_comes_in_powers_of_two():
@@ -317,23 +317,23 @@ def test_the_report_says_what_is_where_and_whether_it_fits(capsys):
     flags = ["--config_file", "accelerate_configs/a100x8.yaml", *CHECKPOINTING]
     main([*flags, "--gpu_memory_gb", "85.9", "--host_memory_gb", "300"])
     report = capsys.readouterr().out
-    assert "Each GPU, in GB, when it is fullest (step):" in report
+    assert "Each GPU, in GB, when it is fullest (backward):" in report
     assert re.search(r"parameters +28\.6\n", report)
     assert re.search(r"optimizer +21\.4\n", report)
-    assert report.endswith("GPU: fits: 67.1 of 85.9 GB.\nHost: fits: 252.6 of 300.0 GB.\n")
-    main([*flags, "--gpu_memory_gb", "68", "--host_memory_gb", "1000"])
-    assert "GPU: fits barely: 67.1 of 68.0 GB." in capsys.readouterr().out
+    assert report.endswith("GPU: fits: 61.2 of 85.9 GB.\nHost: fits: 252.6 of 300.0 GB.\n")
+    main([*flags, "--gpu_memory_gb", "62", "--host_memory_gb", "1000"])
+    assert "GPU: fits barely: 61.2 of 62.0 GB." in capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_the_report_says_what_is_needed(capsys):
     main(["--config_file", "accelerate_configs/rtx4090.yaml", *CHECKPOINTING])
-    assert "GPU: needs 10.8 GB; none is here to compare with, see --gpu_memory_gb.\n" in capsys.readouterr().out
+    assert "GPU: needs 9.6 GB; none is here to compare with, see --gpu_memory_gb.\n" in capsys.readouterr().out
 
 
 def test_a_4090_fits_where_its_host_has_the_memory(capsys):
     flags = ["--config_file", "accelerate_configs/rtx4090.yaml", *CHECKPOINTING, "--gpu_memory_gb", "25.8"]
     main([*flags, "--host_memory_gb", "64"])
-    assert capsys.readouterr().out.endswith("GPU: fits: 10.8 of 25.8 GB.\nHost: does not fit: 376.8 of 64.0 GB.\n")
+    assert capsys.readouterr().out.endswith("GPU: fits: 9.6 of 25.8 GB.\nHost: does not fit: 376.8 of 64.0 GB.\n")
     main([*flags, "--host_memory_gb", "512"])
     assert capsys.readouterr().out.endswith("Host: fits: 376.8 of 512.0 GB.\n")

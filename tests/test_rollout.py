@@ -6,9 +6,15 @@ from functools import partial
 import pytest
 import torch
 
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 
-from train_srpo_wan_t2i import predict_velocity, rollout
+from train_srpo_wan_t2i import make_scheduler, predict_velocity, rollout
 
 
 STEPS = 4
@@ -115,6 +121,98 @@ def test_rollout_leaves_the_noise_as_it_is(transformer):
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     rollout(partial(predict_velocity, transformer), scheduler, noise, PROMPT_EMBEDS, PROMPT_EMBEDS, STEPS, 1.0)
     assert torch.equal(noise, draw(0, 2, 4, 1, 4, 6))
+
+
+# ---- The solver. ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fixture, expert", MODELS.values(), ids=MODELS.keys())
+def test_a_unipc_rollout_paints_the_latents_of_the_pipeline_as_it_is_saved(request, fixture, expert):
+    folder = request.getfixturevalue(fixture)
+    transformer = WanTransformer3DModel.from_pretrained(folder, subfolder=expert)
+    alone = fixture == "tiny_one_expert_model"
+    experts = {"transformer": transformer, "transformer_2": None, "boundary_ratio": None}
+    pipeline = WanPipeline.from_pretrained(folder, tokenizer=None, text_encoder=None, **experts)
+    pipeline.set_progress_bar_config(disable=True)
+    scale = pipeline.vae.config.scale_factor_spatial
+    noise = draw(0, 2, 4, 1, 64 // scale, 96 // scale)
+    expected = pipeline(
+        prompt_embeds=PROMPT_EMBEDS,
+        negative_prompt_embeds=NEGATIVE_PROMPT_EMBEDS,
+        latents=noise,
+        height=64,
+        width=96,
+        num_frames=1,
+        num_inference_steps=STEPS,
+        guidance_scale=3.0,
+        output_type="latent",
+    ).frames
+
+    assert isinstance(pipeline.scheduler, UniPCMultistepScheduler)
+    scheduler = make_scheduler("unipc", pipeline.scheduler.config.flow_shift)
+    velocity_fn = partial(predict_velocity, transformer, tokens_per_sample=noise[0, 0].numel() // 4 if alone else None)
+    found = rollout(velocity_fn, scheduler, noise, PROMPT_EMBEDS, NEGATIVE_PROMPT_EMBEDS, STEPS, 3.0)
+    euler = make_scheduler("euler", pipeline.scheduler.config.flow_shift)
+    other = rollout(velocity_fn, euler, noise, PROMPT_EMBEDS, NEGATIVE_PROMPT_EMBEDS, STEPS, 3.0)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert (other - expected).abs().max() > 1e-2
+
+
+def test_unipc_rollouts_repeat(transformer):
+    """Nothing of the steps before is left in the scheduler."""
+    velocity_fn, scheduler = partial(predict_velocity, transformer), make_scheduler("unipc", 3.0)
+    inputs = draw(0, 2, 4, 1, 4, 6), PROMPT_EMBEDS, NEGATIVE_PROMPT_EMBEDS, STEPS, 3.0
+    whole, rest, again, rest_again = (rollout(velocity_fn, scheduler, *inputs, b) for b in (None, 0.875) * 2)
+    assert torch.equal(whole, again)
+    assert torch.equal(rest, rest_again)
+
+
+@pytest.mark.parametrize(
+    "name, kind, option",
+    [("euler", FlowMatchEulerDiscreteScheduler, "shift"), ("unipc", UniPCMultistepScheduler, "flow_shift")],
+)
+def test_make_scheduler_takes_the_shift(name, kind, option):
+    scheduler = make_scheduler(name, 5.0)
+    assert type(scheduler) is kind
+    assert scheduler.config[option] == 5.0
+
+
+# ---- From the boundary. ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["euler", "unipc"])
+def test_from_the_boundary_the_transformer_sees_only_the_noise_levels_below_it(transformer, calls, name):
+    start, scheduler = draw(0, 2, 4, 1, 4, 6), make_scheduler(name, 3.0)
+    velocity_fn = partial(predict_velocity, transformer)
+    rollout(velocity_fn, scheduler, start, PROMPT_EMBEDS, NEGATIVE_PROMPT_EMBEDS, 10, 3.0, boundary=0.875)
+    seen = torch.stack([call["timestep"][0] for call in calls])
+    below = [timestep for timestep in scheduler.timesteps.tolist() if timestep < 875]
+    assert 0 < len(below) < 10
+    torch.testing.assert_close(seen, torch.tensor(below, dtype=torch.float32))
+    assert torch.equal(calls[0]["hidden_states"], torch.cat([start, start]))
+
+
+@pytest.mark.parametrize("boundary, steps", [(0.75, 2), (0.7501, 3)])
+def test_a_noise_level_at_the_boundary_is_the_high_noise_experts(transformer, calls, boundary, steps):
+    """As in `WanPipeline`. The timesteps are 999, 750, 500 and 250."""
+    scheduler, velocity_fn = make_scheduler("unipc", 1.0), partial(predict_velocity, transformer)
+    rollout(velocity_fn, scheduler, draw(0, 2, 4, 1, 4, 6), PROMPT_EMBEDS, None, 4, 1.0, boundary=boundary)
+    assert len(calls) == steps
+
+
+def test_the_steps_below_the_boundary_are_those_of_the_whole_rollout(transformer):
+    """From where a whole rollout is at the boundary, the rest of it is the same."""
+    visited, velocity_fn = [], partial(predict_velocity, transformer)
+
+    def remember(latents, sigma, prompt_embeds):
+        visited.append((sigma, latents.clone()))
+        return velocity_fn(latents, sigma, prompt_embeds)
+
+    inputs = make_scheduler("euler", 3.0), draw(0, 2, 4, 1, 4, 6)
+    whole = rollout(remember, *inputs, PROMPT_EMBEDS, None, 10, 1.0)
+    start = next(latents for sigma, latents in visited if sigma < 0.875)
+    rest = rollout(velocity_fn, inputs[0], start, PROMPT_EMBEDS, None, 10, 1.0, boundary=0.875)
+    assert torch.equal(rest, whole)
 
 
 # ---- The velocity. --------------------------------------------------------------------------------------------------

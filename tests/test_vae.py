@@ -1,11 +1,14 @@
 """Latents to pixels: `decode_latents` is `AutoencoderKLWan.decode` for single images, with a gradient that fits."""
 
+import copy
+
 import pytest
 import torch
 
 from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 
-from train_srpo_wan_t2i import decode_latents
+from train_srpo_wan_t2i import ImageConv, decode_latents, flatten_vae
 
 
 KINDS = {"Wan2.1 and Wan2.2-A14B": ("tiny_model", 8), "Wan2.2-5B": ("tiny_one_expert_model", 16)}
@@ -120,3 +123,113 @@ def test_checkpointing_keeps_the_gradient(vae):
     vae.decode(torch.randn(1, 4, 1, 4, 4))
     decode_latents(vae, second)[0].sum().backward()
     assert torch.equal(first.grad, second.grad)
+
+
+# ---- The flattened VAE. ---------------------------------------------------------------------------------------------
+
+
+# The published configs, 12 times as narrow or more.
+WAN_2_1 = {"base_dim": 8}
+WAN_2_2_5B = {
+    "base_dim": 8,
+    "decoder_base_dim": 8,
+    "z_dim": 48,
+    "latents_mean": [0.0] * 48,
+    "latents_std": [1.0] * 48,
+    "is_residual": True,
+    "patch_size": 2,
+    "in_channels": 12,
+    "out_channels": 12,
+    "scale_factor_spatial": 16,
+}
+DEEP = {"Wan2.1 at full depth": (WAN_2_1, 8), "Wan2.2-5B at full depth": (WAN_2_2_5B, 16)}
+
+
+@pytest.fixture(scope="module", params=[*KINDS.values(), *DEEP.values()], ids=[*KINDS, *DEEP])
+def twins(request):
+    """A random VAE of each kind, frozen, a flattened copy of it, and the number of pixels to a latent."""
+    source, scale = request.param
+    if isinstance(source, str):
+        stock = AutoencoderKLWan.from_pretrained(request.getfixturevalue(source), subfolder="vae")
+    else:
+        torch.manual_seed(0)
+        stock = AutoencoderKLWan(**source).eval()
+    stock.requires_grad_(False)
+    return stock, flatten_vae(copy.deepcopy(stock)), scale
+
+
+def draw(seed, *shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def relative_difference(found, expected):
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def encode(vae, images):
+    return vae.encode(images).latent_dist.parameters
+
+
+def decode(vae, latents):
+    return vae.decode(latents).sample
+
+
+@pytest.mark.parametrize("way", [encode, decode])
+def test_a_flattened_vae_gives_the_values_and_gradients_of_the_stock_one(twins, way):
+    stock, flat, scale = twins
+    shape = (2, 3, 1, 4 * scale, 6 * scale) if way is encode else (2, stock.config.z_dim, 1, 4, 6)
+    values, gradients = [], []
+    for vae in (flat, stock):
+        given = draw(0, *shape).requires_grad_()
+        values.append(way(vae, given))
+        (values[-1] * draw(1, *values[-1].shape)).sum().backward()
+        gradients.append(given.grad)
+    assert values[1].shape[-2:] == ((4, 6) if way is encode else (4 * scale, 6 * scale))
+    assert relative_difference(*values) < 1e-5
+    assert relative_difference(*gradients) < 1e-5
+
+
+def test_decode_latents_gives_the_same_with_a_flattened_vae(twins):
+    stock, flat, _ = twins
+    pixels, gradients = [], []
+    for vae in (flat, stock):
+        given = draw(0, 2, stock.config.z_dim, 1, 4, 6).requires_grad_()
+        pixels.append(decode_latents(vae, given)[0])
+        (pixels[-1] * draw(1, *pixels[-1].shape)).sum().backward()
+        gradients.append(given.grad)
+    assert relative_difference(*pixels) < 1e-5
+    assert relative_difference(*gradients) < 1e-5
+
+
+def test_a_flattened_vae_has_no_causal_convolution_left(twins):
+    stock, flat, _ = twins
+    causal = [name for name, module in stock.named_modules() if isinstance(module, WanCausalConv3d)]
+    assert causal == [name for name, module in flat.named_modules() if isinstance(module, ImageConv)]
+    assert not any(isinstance(module, torch.nn.Conv3d) for module in flat.modules())
+
+
+def test_flattening_turns_the_vae_itself(vae):
+    assert flatten_vae(vae) is vae
+    assert isinstance(vae.decoder.conv_in, ImageConv)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_frozen_weights_stay_frozen_when_flattened(vae, frozen):
+    vae.requires_grad_(not frozen)
+    vae.encoder.requires_grad_(False)
+    before = {name: weight.requires_grad for name, weight in vae.named_parameters()}
+    assert {name: weight.requires_grad for name, weight in flatten_vae(vae).named_parameters()} == before
+
+
+def test_a_flattened_vae_keeps_its_dtype(vae):
+    flat = flatten_vae(vae.to(torch.bfloat16))
+    assert {weight.dtype for weight in flat.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_flattened_vae_refuses_clips(twins, batch):
+    _, flat, scale = twins
+    clips = draw(0, batch, 3, 5, 2 * scale, 2 * scale), draw(0, batch, flat.config.z_dim, 2, 2, 2)
+    for way, clip in zip((encode, decode), clips, strict=True):
+        with pytest.raises(RuntimeError, match="conv2d"):
+            way(flat, clip)
