@@ -12,16 +12,6 @@ Preference Optimization (https://arxiv.org/abs/2509.06942). Captions come from `
 One update, in the order of this file: roll out an image without gradient (`rollout`), put known noise back in and take
 one graded step (`direct_align_step`), decode it (`decode_latents`), score it with a preference model relative to a
 positive and a negative control word (`srp_score`), and back-propagate (`srpo_loss`).
-
-Where this differs from the published code (https://github.com/Tencent-Hunyuan/SRPO), on purpose:
-- the denoise and the inversion branch are one batch: one forward and one backward pass instead of two;
-- `--gradient_accumulation_steps` counts rollouts, whatever branches each has; the published loop counts branches;
-- Wan has no embedded guidance: rollouts use classifier-free guidance, the graded step uses none;
-- timesteps are not truncated to integers, and rollouts follow diffusers' schedulers, by default 10 steps of UniPC;
-- the VAE works on single images, as a 2-D network that equals the 3-D one there (`flatten_vae`);
-- every random draw is a function of the seed, the step and the sample, so a resumed run repeats the run that it
-  continues, and a step is the same, up to rounding, however its samples are spread over processes;
-- images that are not square are padded, not cropped, before HPS sees them, as HPSv2 itself does.
 """
 
 import argparse
@@ -155,20 +145,13 @@ def branch_sigmas(train_sigmas, position, groundtruth_ratio):
 
 def direct_align_step(predict_velocity, x0, noise, sigma_from, sigma_to):
     """
-    Injects known noise, takes one Euler step, and recovers the clean latents in closed form. The recovered latents
-    equal `x0` when the predicted velocity is exactly `noise - x0`, and
+    Direct-Align: injects known noise, takes one Euler step, and recovers the clean latents in closed form.
+    `predict_velocity` takes latents and `sigma_from`, as given; `x0` and standard normal `noise` are (B, C, T, H, W),
+    and no gradient flows through them; noise levels, floats or of shape () or (B,), are in [0, 1] and sigma_to < 1.
 
-        d x0_hat / d velocity = (sigma_to - sigma_from) / (1 - sigma_to)
-
-    which is negative when denoising and positive when inverting. Source: Direct-Align in the SRPO paper.
-
-    Args:
-        predict_velocity (`Callable`): (latents of the shape of `x0`, sigma_from as given) -> velocity, same shape.
-        x0 (`torch.Tensor` of shape (B, C, T, H, W)): clean latents; no gradient flows through them.
-        noise (`torch.Tensor` of shape (B, C, T, H, W)): standard normal noise.
-        sigma_from, sigma_to (`float` or `torch.Tensor` of shape () or (B,)): noise levels in [0, 1], sigma_to < 1.
-
-    Returns the recovered latents x0_hat, `torch.Tensor` of shape (B, C, T, H, W).
+    Returns x0_hat, of the shape of `x0`, which it equals if the predicted velocity is exactly `noise - x0`. The slope
+    d x0_hat / d velocity = (sigma_to - sigma_from) / (1 - sigma_to) is negative when denoising and positive when
+    inverting. Source: the SRPO paper.
     """
     start, end = (
         torch.as_tensor(sigma, dtype=x0.dtype, device=x0.device).reshape(-1, *[1] * (x0.ndim - 1))
@@ -209,15 +192,11 @@ class Branch(NamedTuple):
 
 def make_branches(args, train_sigmas, position):
     """The branches of `--branches` at a position of the training grid: a list of [`Branch`]."""
-    denoise, inversion, positions = branch_sigmas(train_sigmas, position, args.groundtruth_ratio)
-    discounts = [
-        torch.linspace(*ends, len(train_sigmas))[index].item()
-        for ends, index in zip((args.discount_pos, args.discount_inv), positions, strict=True)
-    ]
-    branches = [
-        Branch("denoise", denoise[0].item(), denoise[1].item(), discounts[0]),
-        Branch("inversion", inversion[0].item(), inversion[1].item(), discounts[1]),
-    ]
+    *sigmas, positions = branch_sigmas(train_sigmas, position, args.groundtruth_ratio)
+    ends = args.discount_pos, args.discount_inv
+    discounts = [torch.linspace(*pair, len(train_sigmas))[at] for pair, at in zip(ends, positions, strict=True)]
+    rows = zip(("denoise", "inversion"), sigmas, discounts, strict=True)
+    branches = [Branch(name, start.item(), end.item(), discount.item()) for name, (start, end), discount in rows]
     return [branch for branch in branches if args.branches in ("both", branch.name)]
 
 
@@ -261,19 +240,15 @@ class SampleSampler:
 
 def noise_generators(args, step, samples, *update):
     """
-    The generators of what each of the samples of a step starts from; `samples` are their B numbers in the run. With
-    `--noise shared` all have the same: different prompts from the same noise give gradients of lower variance, says
-    the SRPO paper.
+    The generators of what each sample of a step starts from; `samples` are their numbers in the run. With `--noise
+    shared` all have the same noise, which gives gradients of lower variance, says the SRPO paper.
     """
     keys = [step] * len(samples) if args.noise == "shared" else samples
     return [make_generator(args.seed, NOISE, key, *update) for key in keys]
 
 
 def make_noise(args, step, samples, shape, *update):
-    """
-    The noise, (B, C, T, H, W) float32, that the samples of a step start from, see [`noise_generators`]. It is drawn on
-    the CPU, so that every device has the same.
-    """
+    """The noise, (B, C, T, H, W) float32, that samples start from. It is drawn on the CPU, the same for any device."""
     return torch.stack([torch.randn(shape, generator=each) for each in noise_generators(args, step, samples, *update)])
 
 
@@ -347,18 +322,11 @@ def rollout(
     velocity_fn, scheduler, noise, prompt_embeds, negative_prompt_embeds, num_steps, guidance_scale, boundary=None
 ):
     """
-    Paints clean latents from noise: what `WanPipeline(..., output_type="latent")` gives with this scheduler, but with
-    both halves of classifier-free guidance in one batch.
-
-    Args:
-        velocity_fn (`Callable`): (latents, sigma, prompt_embeds) -> velocity, see [`predict_velocity`].
-        scheduler: a flow-matching scheduler of diffusers, which takes `num_steps`.
-        noise (`torch.Tensor` of shape (B, C, T, H, W)): where to start.
-        prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape (B, L, D)): with and against the captions.
-        guidance_scale (`float`): 1.0 leaves the negative prompt out and halves the work.
-        boundary (`float`, *optional*): start from latents at the first noise level below this one instead.
-
-    Returns x0, float32, of the shape of the noise.
+    Paints clean latents from noise (B, C, T, H, W): what `WanPipeline(..., output_type="latent")` gives with this
+    `scheduler` of diffusers in `num_steps`, but with both halves of classifier-free guidance in one batch. A
+    `guidance_scale` of 1.0 leaves the negative prompt out and halves the work. `velocity_fn` takes latents, sigma and
+    text embeddings (B, L, D), see [`predict_velocity`]. With a `boundary`, a noise level, what is given as noise are
+    latents at the first noise level of the schedule below it. Returns x0, float32, of the shape of the noise.
     """
     guided = guidance_scale > 1.0
     if guided:
@@ -405,12 +373,10 @@ def flatten_vae(vae):
 
 def decode_latents(vae, latents):
     """
-    Decodes the latents of single images. The same as `vae.decode` after undoing the normalisation, except that the
+    Latents (B, C, 1, H, W), normalised as the transformer sees them -> pixels (B, 3, s * H, s * W) float32 in [0, 1],
+    and the share of values that were clamped, (), which carry no gradient. The same as `vae.decode`, except that the
     decoder's blocks are checkpointed where gradients flow: [`AutoencoderKLWan`] has no gradient checkpointing, and its
     cache of frames, which one frame does not need, would break the recomputation.
-
-    Latents (B, C, 1, H, W), normalised as the transformer sees them, give a tuple: pixels (B, 3, s * H, s * W) float32
-    in [0, 1]; and the share of values that were clamped, (). Clamped pixels carry no gradient.
     """
     mean, std = (
         torch.tensor(values, dtype=latents.dtype, device=latents.device).view(1, -1, 1, 1, 1)
@@ -448,9 +414,8 @@ def preprocess_pixels(pixels, image_size, mean, std, keep_borders):
 
 class RewardModel(torch.nn.Module):
     """
-    A frozen model of which images people prefer for a caption. Features have unit norm; a reward is `scale` times
-    their inner product. Subclasses set `model`, `image_size`, `mean`, `std`, `keep_borders` and `scale`, and compute
-    raw features.
+    A frozen model of which images people prefer for a caption: a reward is `scale` times the inner product of features
+    of unit norm. Subclasses set `model`, `image_size`, `mean`, `std`, `keep_borders`, `scale`; they give raw features.
     """
 
     def __init__(self):
@@ -558,16 +523,10 @@ def load_reward_model(args, device, dtype):
 # ---- One rollout's contribution to an update. -----------------------------------------------------------------------
 def graded_pass(velocity_fn, vae, reward_model, x0, noise, prompt_embeds, captions, words, branches, args, weight=1.0):
     """
-    Takes the graded step of every branch as one batch, decodes and scores it.
-
-    Args:
-        velocity_fn (`Callable`): (latents, sigma, prompt_embeds) -> velocity, see [`predict_velocity`].
-        x0, noise (`torch.Tensor` of shape (B, C, 1, H, W)): rolled-out latents and the noise they came from.
-        prompt_embeds (`torch.Tensor` of shape (B, L, D)): of the plain captions.
-        captions (`list[str]`): B captions; only the reward model sees them with a control word in front.
-        words (`tuple[str, str]`): the positive and the negative control word of this step.
-        branches (`list[Branch]`): N branches.
-        weight (`float`): factor of the loss, see `--loss_weight_shift`.
+    Takes the graded step of every [`Branch`] of `branches` as one batch, decodes and scores it. `velocity_fn` is that
+    of [`rollout`], `x0` are rolled-out latents and `noise` what they came from, (B, C, 1, H, W); `prompt_embeds` are
+    (B, L, D) of the plain captions. Only the reward model sees the B `captions` with a control word in front, the
+    positive or the negative one of `words`. `weight` is a factor of the loss, see `--loss_weight_shift`.
 
     Returns the loss, `torch.Tensor` of shape (), and metrics, a dict of detached tensors of shape ().
     """
@@ -609,11 +568,8 @@ def graded_pass(velocity_fn, vae, reward_model, x0, noise, prompt_embeds, captio
 def add_lora(transformer, args):
     """Freezes the transformer and adds a trainable LoRA to `--lora_target_modules`, which changes nothing yet."""
     transformer.requires_grad_(False)
-    options = {"lora_dropout": args.lora_dropout, "init_lora_weights": "gaussian"}
-    modules = args.lora_target_modules
-    transformer.add_adapter(
-        LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=modules, **options)
-    )
+    options = {"lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout, "init_lora_weights": "gaussian"}
+    transformer.add_adapter(LoraConfig(r=args.lora_rank, target_modules=args.lora_target_modules, **options))
 
 
 def partition_weights(accelerator, transformer, dtype):
@@ -650,8 +606,8 @@ def make_optimizer(args, parameters):
 
 def forget_powers(optimizer):
     """
-    DeepSpeed's AdamW for the CPU multiplies up the powers of its betas from step to step, but computes them after
-    loading a checkpoint; the last bit differs. Made anew before each step, it always computes them.
+    DeepSpeed's AdamW for the CPU multiplies up the powers of its betas, but computes them after loading a checkpoint;
+    the last bit differs. Made anew before each step, it always computes them.
     """
 
     def make_anew(adam, _args, _kwargs):  # with no betas, which like the rate come with each step
@@ -663,9 +619,8 @@ def forget_powers(optimizer):
 
 def gather_weights(accelerator, transformer, dtype):
     """
-    The trained weights on the CPU, {name: `torch.Tensor` of `dtype`}, complete on the main process and empty on all
-    others. Under ZeRO-3, where each process holds a part of every weight, they are put together one by one, so that no
-    GPU needs room for the whole model. All processes call it.
+    The trained weights on the CPU, {name: `torch.Tensor` of `dtype`}, on the main process; all others get none, but
+    call it too. Under ZeRO-3 they are put together one by one, so that no GPU needs room for the whole model.
     """
     weights, whole = {}, nullcontext
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -703,17 +658,11 @@ def paint_validation(accelerator, pipeline, reward_model, validation, args):
     for start in range(0, len(mine), args.train_batch_size):
         indices = mine[start : start + args.train_batch_size]
         noise = [torch.randn(shape, generator=make_generator(args.seed, VALIDATION, index)) for index in indices]
-        images = pipeline(
-            prompt_embeds=validation.prompt_embeds[indices].to(accelerator.device),
-            negative_prompt_embeds=validation.negative_prompt_embeds.repeat(len(indices), 1, 1).to(accelerator.device),
-            latents=torch.stack(noise).to(accelerator.device),
-            height=size,
-            width=size,
-            num_frames=1,
-            num_inference_steps=args.num_inference_steps,
-            guidance_scale=args.validation_guidance_scale,
-            output_type="pt",
-        ).frames[:, 0]
+        texts = validation.prompt_embeds[indices], validation.negative_prompt_embeds.repeat(len(indices), 1, 1)
+        inputs = (tensor.to(accelerator.device) for tensor in (*texts, torch.stack(noise)))
+        inputs = dict(zip(("prompt_embeds", "negative_prompt_embeds", "latents"), inputs, strict=True))
+        inputs |= {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.validation_guidance_scale}
+        images = pipeline(**inputs, height=size, width=size, num_frames=1, output_type="pt").frames[:, 0]
         captions = [validation.captions[index] for index in indices]
         features = reward_model.encode_images(images.float())
         positive, negative = (
@@ -768,8 +717,8 @@ def save_before_after(output_dir, steps, columns=8):
             axis.set_xlabel(f"reward {image['reward']:.3f}\nrelative {image['relative']:+.3f}", fontsize=8)
             axis.set(xticks=[], yticks=[])
             if step == steps[0]:
-                lines = re.findall(r".{1,26}(?:\s|$)", image["caption"])[:3]
-                axis.set_title("\n".join(lines), fontsize=8, parse_math=False)
+                title = "\n".join(re.findall(r".{1,26}(?:\s|$)", image["caption"])[:3])
+                axis.set_title(title, fontsize=8, parse_math=False)
         row[0].set_ylabel(f"step {step}")
     figure.savefig(Path(output_dir, "before_after.png"), dpi=120)
 
@@ -777,16 +726,12 @@ def save_before_after(output_dir, steps, columns=8):
 def save_reward_curve(output_dir, history):
     """`reward.png`: rewards and scores of the training samples by step, and the reward of the validation images."""
     figure = Figure(figsize=(11, 4), layout="tight")
-    for axis, title, names in zip(
-        figure.subplots(1, 2),
-        ("Reward", "Relative score"),
-        (
-            {"reward_positive": "-", "reward_negative": "-", "validation_reward": "ko-"},
-            {"score_denoise": "-", "score_inversion": "-", "validation_relative": "ko-"},
-        ),
-        strict=True,
-    ):
-        for name, style in names.items():
+    curves = {
+        "Reward": {"reward_positive": "-", "reward_negative": "-", "validation_reward": "ko-"},
+        "Relative score": {"score_denoise": "-", "score_inversion": "-", "validation_relative": "ko-"},
+    }
+    for axis, (title, styles) in zip(figure.subplots(1, 2), curves.items(), strict=True):
+        for name, style in styles.items():
             if rows := [(row["step"], row[name]) for row in history if name in row]:
                 axis.plot(*zip(*rows, strict=True), style, label=name.replace("_", ", "), alpha=0.8)
         axis.set(title=title, xlabel="update")
@@ -809,7 +754,7 @@ def discard(folder):
 
 def describe_run(accelerator, args):
     """What a checkpoint and the run that continues it must share. Other flags may change."""
-    engine = "without DeepSpeed"
+    engine, batch = "without DeepSpeed", ("train_batch_size", "gradient_accumulation_steps", "updates_per_rollout")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         zero, masters = config["zero_optimization"], "bf16_master_weights_and_grads"
@@ -820,13 +765,9 @@ def describe_run(accelerator, args):
         "engine": engine,
         "mixed_precision": accelerator.mixed_precision,
         "num_processes": accelerator.num_processes,
-        "train_batch_size": args.train_batch_size,
-        "gradient_accumulation_steps": args.gradient_accumulation_steps,
-        "updates_per_rollout": args.updates_per_rollout,
-        "transformer_subfolder": args.transformer_subfolder,
+        **{name: getattr(args, name) for name in ("transformer_subfolder", "optimizer", *batch)},
         "base model, by a hash of its weights": weights_fingerprint(args, args.transformer_subfolder, *BASE_LAYER),
         "LoRA rank, alpha and modules": [args.lora_rank, args.lora_alpha, args.lora_target_modules],
-        "optimizer": args.optimizer,
         "learning rate and schedule": [args.learning_rate, args.lr_scheduler, args.lr_warmup_steps],
         "betas, epsilon and decay": [args.adam_beta1, args.adam_beta2, args.adam_epsilon, args.adam_weight_decay],
     }
@@ -839,9 +780,8 @@ def leave_out_frozen(_models, weights, _output_dir):
 
 def save_checkpoint(accelerator, args, transformer, dtype, run, step, history):
     """
-    Writes `checkpoint-N`: the training state, and `trainer_state.json` with the step, the curves and what
-    `scripts/export_checkpoint.py` needs. It is written beside and renamed when complete; only then are old checkpoints
-    above `--checkpoints_total_limit` removed.
+    Writes `checkpoint-N`: the training state, and in `trainer_state.json` the curves and what export_checkpoint.py
+    needs. It is written beside and renamed when complete; only then are checkpoints above the limit removed.
     """
     folder = Path(args.output_dir, f"checkpoint-{step}")
     unfinished = folder.with_name(f"{folder.name}.unfinished")
@@ -856,15 +796,9 @@ def save_checkpoint(accelerator, args, transformer, dtype, run, step, history):
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         transformer = accelerator.unwrap_model(transformer)
-        state = {
-            "global_step": step,
-            "history": history,
-            "run": run,
-            "expert": args.transformer_subfolder,
-            "config": dict(transformer.config),
-            "lora": lora_metadata(transformer),
-            "dtype": str(dtype).removeprefix("torch."),
-        }
+        state = {"global_step": step, "history": history, "run": run, "expert": args.transformer_subfolder}
+        state |= {"config": dict(transformer.config), "lora": lora_metadata(transformer)}
+        state["dtype"] = str(dtype).removeprefix("torch.")
         (unfinished / "trainer_state.json").write_text(json.dumps(state))
         if folder.exists():
             discard(folder)
@@ -893,8 +827,8 @@ def find_checkpoint(args, run):
         compared = {name: (state["run"][name], value) for name, value in run.items()}
     for name, (found, value) in compared.items():
         if found != value:
-            advice = "Use the same, or start a new run."
-            raise ValueError(f"{folder} was made with another {name}: {found}. It cannot go on with {value}. {advice}")
+            problem = f"{folder} was made with another {name}: {found}. It cannot go on with {value}."
+            raise ValueError(f"{problem} Use the same, or start a new run.")
     if state["global_step"] > args.max_train_steps:
         raise ValueError(f"{folder} is beyond `--max_train_steps {args.max_train_steps}`.")
     return folder, state
@@ -937,7 +871,7 @@ MODEL_CARD = """
 # SRPO fine-tuning of {base}
 
 {what} of [{base}](https://huggingface.co/{base}), fine-tuned for text-to-image with SRPO on the reward of
-{reward_model}: {updates} updates{rewards}.
+{args.reward_model}: {updates} updates{rewards}.
 
 {images}
 ![Reward curve](reward.png)
@@ -951,8 +885,9 @@ from diffusers import WanPipeline, WanTransformer3DModel
 {load_expert}
 pipe = WanPipeline.from_pretrained("{base}", {experts}, dtype=torch.bfloat16).to("cuda")
 image = pipe(
-    "a red fox in the snow", num_frames=1, height={size}, width={size}, num_inference_steps={steps},
-    guidance_scale={guidance_scale}, max_sequence_length={max_sequence_length}, output_type="pil",
+    "a red fox in the snow", num_frames=1, height={args.validation_size}, width={args.validation_size},
+    num_inference_steps={args.num_inference_steps}, guidance_scale={args.validation_guidance_scale},
+    max_sequence_length={args.max_sequence_length}, output_type="pil",
 ).frames[0][0]
 image.save("fox.png")
 ```
@@ -976,30 +911,24 @@ def save_model_card(args, repo_id, history, model):
     if args.lora_rank is not None and not args.save_merged:
         what = f"A LoRA of rank {args.lora_rank} for `{expert}`"
         load_expert = load.format(args.pretrained_model_name_or_path, expert)
-        load_expert += (
-            f'\nexpert.load_lora_adapter("{repo_id}", weight_name="{LORA_WEIGHT_NAME_SAFE}", use_safetensors=True)'
-        )
+        options = f'weight_name="{LORA_WEIGHT_NAME_SAFE}", use_safetensors=True'
+        load_expert += f'\nexpert.load_lora_adapter("{repo_id}", {options})'
     validation = [row["validation_relative"] for row in history if "validation_relative" in row]
     settings = {
         name: " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
         for name, value in sorted(vars(args).items())
         if value is not None and name not in ("hub_token", "output_dir", "validation_prompts")
     }
+    alone = "transformer=None, transformer_2=expert, boundary_ratio=1.0"
     content = MODEL_CARD.format(
+        args=args,
         base=args.pretrained_model_name_or_path,
         what=what,
         load_expert=load_expert,
-        experts="transformer=None, transformer_2=expert, boundary_ratio=1.0"
-        if model.two_experts
-        else f"{expert}=expert",
-        reward_model=args.reward_model,
+        experts=alone if model.two_experts else f"{expert}=expert",
         updates=max((row["step"] for row in history), default=0),
         rewards=f", relative reward {validation[0]:.4f} -> {validation[-1]:.4f}" if validation else "",
         images="![Validation images before and after training](before_after.png)\n" if validation else "",
-        size=args.validation_size,
-        steps=args.num_inference_steps,
-        guidance_scale=args.validation_guidance_scale,
-        max_sequence_length=args.max_sequence_length,
         settings="\n".join(f"| `--{name}` | {value} |" for name, value in settings.items()),
     )
     data = huggingface_hub.ModelCardData(
@@ -1081,7 +1010,6 @@ def parse_args(input_args=None):
     add("--dataloader_num_workers", type=int, default=0, help="Number of subprocesses to use for data loading.")
     add("--height", type=int, default=512, help="The height in pixels of the images to train on.")
     add("--width", type=int, default=512, help="The width in pixels of the images to train on.")
-
     add = parser.add_argument_group("reward").add_argument
     add("--reward_model", choices=["HPS", "PickScore", "CLIP"], default="HPS", help="The human-preference model.")
     add("--reward_model_path",
@@ -1091,7 +1019,6 @@ def parse_args(input_args=None):
     words = "Control words to move {}, a new one every step. The published ones suit HPS."
     add("--positive_words", nargs="+", default=POSITIVE_WORDS, help=words.format("towards"))
     add("--negative_words", nargs="+", default=NEGATIVE_WORDS, help=words.format("away from"))
-
     add = parser.add_argument_group("SRPO").add_argument
     add("--branches", choices=["both", "denoise", "inversion"], default="both", help="Branches of the graded step.")
     add("--loss", choices=["hinge", "linear"], default="hinge", help="relu(margin - score), or just -score.")
@@ -1101,37 +1028,28 @@ def parse_args(input_args=None):
     add("--train_timestep", type=int, nargs=2, default=[5, 25], metavar=("FIRST", "LAST"),
         help="First and last step of the trained window, of the num_inference_steps of the schedule.")
     add("--timestep_length", type=int, default=1000, help="Number of noise levels in the trained window.")
-    add("--groundtruth_ratio", type=float, default=0.9,
-        help="Share of the window that is injected noise; the graded step spans the rest.")
+    add("--groundtruth_ratio", type=float, default=0.9, help="Injected noise, as a share of the window.")
     ends = {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}
     discount = "Extra weight of the {} caption in the {} branch, at the low- and high-noise end."
     add("--discount_pos", **ends, default=[0.1, 0.25], help=discount.format("positive", "denoise"))
     add("--discount_inv", **ends, default=[0.3, 0.01], help=discount.format("negative", "inversion"))
     add("--shift", type=float, default=1.0, help="Shift of the schedule that the window is cut from.")
-    add("--num_inference_steps", type=int, default=40,
-        help="The number of denoising steps of the schedule that the window is cut from, and of validation images.")
-
+    add("--num_inference_steps", type=int, default=40, help="Steps of that schedule, and of validation images.")
     add = parser.add_argument_group("rollout").add_argument
     add("--sampling_steps", type=int, default=10, help="The number of denoising steps of a rollout.")
-    add("--rollout_scheduler", choices=["unipc", "euler"], default="unipc",
-        help="The solver of rollouts. UniPC comes closer to the exact solution at every number of steps.")
+    add("--rollout_scheduler", choices=["unipc", "euler"], default="unipc", help="The solver of rollouts.")
     add("--rollout_start", choices=["noise", "boundary"], default="noise",
         help="boundary: from latents that the high-noise expert painted; see `embed_prompts.py --boundary_latents`.")
     add("--rollout_batch_size", type=int,
-        help="Most samples of an update to roll out at once (per device). Under offload the weights then travel less "
-             "often. Default: train_batch_size.")
+        help="Samples to roll out at once (per device); more make weights travel less. Default: train_batch_size.")
     add("--updates_per_rollout", type=int, default=1,
         help="Number of updates, each at a new position with new control words, that a rollout is used for.")
     add("--renew_noise", action="store_true", help="Also inject new noise in further updates on the same rollout.")
     add("--rollout_shift", type=float, help="Shift of the rollout's schedule. Default: `flow_shift` of the model.")
-    add("--rollout_guidance_scale", type=float, default=3.0,
-        help="Classifier-free guidance scale of rollouts. 1.0 turns it off and halves their cost.")
-    add("--noise", choices=["shared", "per_sample"], default="shared",
-        help="Start all samples of a step from the same noise, or each from its own.")
-
+    add("--rollout_guidance_scale", type=float, default=3.0, help="Guidance scale of rollouts. 1.0 halves their cost.")
+    add("--noise", choices=["shared", "per_sample"], default="shared", help="One noise for a step, or one per sample.")
     add = parser.add_argument_group("LoRA").add_argument
-    add("--lora_rank", type=int,
-        help="Train a LoRA of this rank and leave the weights themselves alone. Default: train all weights.")
+    add("--lora_rank", type=int, help="Train a LoRA of this rank beside the weights. Default: train all weights.")
     add("--lora_alpha", type=float, help="Scale of the LoRA: alpha / rank. Default: the rank.")
     add("--lora_dropout", type=float, help="Dropout probability of the LoRA's input in the graded step. Default: 0.")
     add("--lora_target_modules", nargs="+",
@@ -1139,7 +1057,6 @@ def parse_args(input_args=None):
     add("--base_weights", choices=["fp8"],
         help="Store frozen linear layers in float8 (e4m3), half of bf16; saves little without gradient checkpointing.")
     add("--save_merged", action="store_true", help="Also write the base model with the LoRA merged into it.")
-
     add = parser.add_argument_group("optimization").add_argument
     add("--seed", type=int, default=42, help="A seed for reproducible training.")
     add("--train_batch_size", type=int, default=1, help="Batch size (per device) of a rollout, in captions.")
@@ -1161,22 +1078,17 @@ def parse_args(input_args=None):
     add("--gradient_checkpointing", action="store_true", help="Save memory at the expense of slower backward pass.")
     add("--compile", action="store_true", help="Compile the blocks of the transformer: minutes once, then faster.")
     add("--allow_tf32", action="store_true", help="Whether or not to allow TF32 on Ampere and later GPUs.")
-
     add = parser.add_argument_group("validation").add_argument
-    add("--validation_prompts", nargs="*",
-        help="Prompts to paint before, during and after training, or none. Default: the first four captions.")
+    add("--validation_prompts", nargs="*", help="Prompts to paint, or none. Default: the first four captions.")
     add("--validation_steps", type=int, default=10, help="Run validation every X updates, and at the end.")
     add("--validation_size", type=int, default=1024, help="The side in pixels of validation images.")
     add("--validation_guidance_scale", type=float, default=3.0, help="Guidance scale of validation images.")
-
     add = parser.add_argument_group("output").add_argument
-    add("--output_dir", default="srpo-wan",
-        help="The output directory where the model, checkpoints, images and logs will be written.")
+    add("--output_dir", default="srpo-wan", help="Where the model, checkpoints, images and logs will be written.")
     add("--overwrite_output_dir", action="store_true", help="Delete what an earlier run wrote to `output_dir` first.")
     add("--checkpointing_steps", type=int, default=10, help="Save a checkpoint of the training state every X updates.")
     add("--checkpoints_total_limit", type=int, help="Max number of checkpoints to store.")
-    add("--resume_from_checkpoint",
-        help="Continue from a checkpoint: its path, or `latest` for the last one in `output_dir`.")
+    add("--resume_from_checkpoint", help="Path of a checkpoint, or `latest` for the last one in `output_dir`.")
     add("--logging_dir", default="logs", help="The directory for TensorBoard logs, inside `output_dir`.")
     trackers = [*LOGGER_TYPE_TO_CLASS, "all", "none"]
     add("--report_to", choices=trackers, default="tensorboard", help="Where to report results and logs.")
@@ -1184,8 +1096,7 @@ def parse_args(input_args=None):
     add("--hub_model_id", help="The name of the repository to push to. Default: the name of `output_dir`.")
     add("--hub_token", help="The token to use to push to the Model Hub.")
     add("--hub_private_repo", action="store_true", help="Whether to create the repository as private.")
-    add("--hub_strategy", choices=["end", "checkpoint"], default="end",
-        help="Push when training ends, or also whenever a checkpoint is saved.")
+    add("--hub_strategy", choices=["end", "checkpoint"], default="end", help="Push at the end, or at checkpoints too.")
     # fmt: on
 
     args = parser.parse_args(input_args)
@@ -1323,9 +1234,9 @@ def check_sizes(args, model):
             multiple = np.lcm(multiple, 16).item()  # WanPipeline's own demand
         value = getattr(args, name)
         if value < 1 or value % multiple:
+            near = max(1, round(value / multiple)) * multiple
             raise ValueError(
-                f"`--{name} {value}` must be a multiple of {multiple} for this model, for example "
-                f"{max(1, round(value / multiple)) * multiple}."
+                f"`--{name} {value}` must be a multiple of {multiple} for this model, for example {near}."
             )
 
 
@@ -1373,14 +1284,14 @@ def check_dataset(args, model):
     if args.rollout_start == "boundary":
         if not set(BOUNDARY_COLUMNS) <= set(dataset["train"].column_names):
             raise ValueError(f"{name} has no boundary latents; make it with `embed_prompts.py --boundary_latents`.")
-        found = json.loads(dataset["train"][0]["boundary_settings"])
         wanted = {**vars(args), "rollout_shift": args.rollout_shift or model.flow_shift}
-        for flag in BOUNDARY_FLAGS:
-            if found[flag] != wanted[flag]:
-                raise ValueError(
-                    f"{name} has boundary latents of `--{flag} {found[flag]}`, not {wanted[flag]}. Train with the "
-                    "same, or make others with embed_prompts.py."
-                )
+        for found in map(json.loads, dataset["train"].unique("boundary_settings")):
+            for flag in BOUNDARY_FLAGS:
+                if found[flag] != wanted[flag]:
+                    raise ValueError(
+                        f"{name} has boundary latents of `--{flag} {found[flag]}`, not {wanted[flag]}. Train with the "
+                        "same, or make others with embed_prompts.py."
+                    )
     return dataset
 
 
@@ -1428,9 +1339,8 @@ def check_output_dir(args):
     named = folder not in (None, "latest")
     if named and (Path(folder).suffix == ".unfinished" or not Path(folder, "trainer_state.json").is_file()):
         found = ", ".join(map(str, list_checkpoints(args.output_dir))) or "none"
-        raise ValueError(
-            f"`--resume_from_checkpoint {folder}` is not a complete checkpoint; `output_dir` has {found}."
-        )
+        advice = f"`output_dir` has {found}."
+        raise ValueError(f"`--resume_from_checkpoint {folder}` is not a complete checkpoint; {advice}")
     output = Path(args.output_dir)
     if output.exists() and not output.is_dir():
         raise ValueError(f"`--output_dir {output}` is a file.")
@@ -1448,7 +1358,7 @@ def check_deepspeed(args, config, num_processes):
         raise ValueError(f"`--optimizer adamw_8bit` needs a configuration without DeepSpeed, which {cause}.")
     if args.base_weights == "fp8":
         raise ValueError(
-            "`--base_weights fp8` needs a configuration without DeepSpeed, which has one precision for all."
+            "`--base_weights fp8` needs a configuration without DeepSpeed, which casts all weights alike."
         )
     if args.compile and config["zero_optimization"]["stage"] == 3:
         raise ValueError("`--compile` needs whole weights; under ZeRO-3 they come and go while a block runs.")
@@ -1599,13 +1509,12 @@ def main(args):
     # Load models. Captions were encoded before, so the text encoder stays on disk.
     validation = make_validation_set(accelerator, args, dataset, transformer_dtype)
     source = model_source(args)
-    vae = AutoencoderKLWan.from_pretrained(**source, subfolder="vae", variant=args.variant, dtype=weight_dtype)
+    weights = {**source, "variant": args.variant}
+    vae = AutoencoderKLWan.from_pretrained(**weights, subfolder="vae", dtype=weight_dtype)
     flatten_vae(vae).requires_grad_(False).eval().to(accelerator.device)
     reward_model = load_reward_model(args, accelerator.device, reward_dtype)
-    transformer = WanTransformer3DModel.from_pretrained(
-        **source, subfolder=args.transformer_subfolder, variant=args.variant, dtype=transformer_dtype
-    )
-    transformer.requires_grad_(True)
+    expert = {"subfolder": args.transformer_subfolder, "dtype": transformer_dtype}
+    transformer = WanTransformer3DModel.from_pretrained(**weights, **expert).requires_grad_(True)
     if args.lora_rank is not None:
         torch.manual_seed(args.seed)  # all processes make the same LoRA
         add_lora(transformer, args)
@@ -1630,22 +1539,16 @@ def main(args):
     steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
     lr_scheduler = get_scheduler(args.lr_scheduler, adam, **steps)
     accelerator.register_for_checkpointing(lr_scheduler)
+    if args.lora_rank is not None:
+        accelerator.register_save_state_pre_hook(leave_out_frozen)
     # DeepSpeed casts a whole module to bfloat16, and three digits of a cosine are too few for a position.
     for buffer, table in zip(accelerator.unwrap_model(transformer).rope.buffers(), rotary_tables, strict=True):
         buffer.data = table.to(accelerator.device)
 
-    if args.lora_rank is not None:
-        accelerator.register_save_state_pre_hook(leave_out_frozen)
-
     # One expert paints validation images alone, from noise to image, so the pipeline needs no boundary.
-    pipeline = WanPipeline(
-        tokenizer=None,
-        text_encoder=None,
-        vae=vae,
-        scheduler=UniPCMultistepScheduler.from_pretrained(**source, subfolder="scheduler"),
-        transformer=accelerator.unwrap_model(transformer),
-        expand_timesteps=model.expand_timesteps,
-    )
+    parts = {"tokenizer": None, "text_encoder": None, "vae": vae, "expand_timesteps": model.expand_timesteps}
+    parts["scheduler"] = UniPCMultistepScheduler.from_pretrained(**source, subfolder="scheduler")
+    pipeline = WanPipeline(**parts, transformer=accelerator.unwrap_model(transformer))
     pipeline.set_progress_bar_config(disable=True)
     validate = partial(log_validation, accelerator, pipeline, reward_model, validation, args)
 
@@ -1668,8 +1571,7 @@ def main(args):
         logger.info(f"Resumed from {checkpoint} at step {first_step}")
     validate_if_due(first_step)
 
-    accumulation = args.gradient_accumulation_steps
-    reuse = args.updates_per_rollout
+    accumulation, reuse = args.gradient_accumulation_steps, args.updates_per_rollout
     rollouts = range(first_step // reuse * accumulation, -(-args.max_train_steps // reuse) * accumulation)
     share = args.train_batch_size, accelerator.process_index, accelerator.num_processes
     sampler = SampleSampler(len(dataset["train"]), args.seed, rollouts, *share)
@@ -1696,10 +1598,7 @@ def main(args):
         solver = {"num_steps": args.sampling_steps, "guidance_scale": args.rollout_guidance_scale}
         return rollout(velocity_fn, scheduler, start, embeds, negative.expand_as(embeds), **solver, boundary=boundary)
 
-    def split(size, *tensors):
-        return (tensor.split(size) for tensor in tensors)
-
-    rollout_size = args.rollout_batch_size or args.train_batch_size
+    size = args.rollout_batch_size or args.train_batch_size
     samples_per_step = args.train_batch_size * accelerator.num_processes * accumulation
     logger.info("***** Running training *****")
     logger.info(f"  Num captions = {len(dataset['train'])}")
@@ -1719,9 +1618,8 @@ def main(args):
         position = torch.randint(POSITION_MARGIN, last_position + 1, (), generator=generator).item()
         branches = make_branches(args, train_sigmas, position)
         words = [words[step % len(words)] for words in (args.positive_words, args.negative_words)]
-        weight = 1.0
-        if args.loss_weight_shift is not None:
-            weight = shift_sigmas(position / args.timestep_length, args.loss_weight_shift)
+        curve = args.loss_weight_shift
+        weight = 1.0 if curve is None else shift_sigmas(position / args.timestep_length, curve)
         torch.manual_seed(make_generator(args.seed, GLOBAL, step, accelerator.process_index).initial_seed())
 
         # 2. Captions and what their images start from, then clean latents, rolled out without gradient.
@@ -1733,13 +1631,14 @@ def main(args):
             embeds = [batch["prompt_embeds"].to(accelerator.device, non_blocking=True) for batch, _ in shares]
             embeds, latents, noise = (torch.cat(tensors) for tensors in (embeds, *zip(*starts, strict=True)))
             latents, noise = latents.to(accelerator.device), noise.to(accelerator.device)
-            x0 = torch.cat([roll_out(*part) for part in zip(*split(rollout_size, latents, embeds), strict=True)])
+            x0 = torch.cat([roll_out(*part) for part in zip(latents.split(size), embeds.split(size), strict=True)])
         elif args.renew_noise:
             noise = [make_noise(args, group, samples, latent_shape, update) for _, samples in shares]
             noise = torch.cat(noise).to(accelerator.device)
 
         step_metrics = []
-        for (batch, _), *part in zip(shares, *split(args.train_batch_size, x0, noise, embeds), strict=True):
+        parts = (tensor.split(args.train_batch_size) for tensor in (x0, noise, embeds))
+        for (batch, _), *part in zip(shares, *parts, strict=True):
             with accelerator.accumulate(transformer):
                 # 3. Inject noise, step, recover, decode, score.
                 transformer.train()
@@ -1764,10 +1663,8 @@ def main(args):
         if not np.isfinite(list(means.values())).all():
             raise SystemExit(f"error: not finite at step {step + 1}: {means}")
         seconds = time.perf_counter() - started
-        if accelerator.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(accelerator.device)
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = torch.cuda.max_memory_allocated() if accelerator.device.type == "cuda" else host
         logs = {**means, "lr": float(lr_scheduler.get_last_lr()[0]), "sigma": branches[0].sigma_to}
         logs |= {"seconds": seconds, "images_per_second": samples_per_step / seconds, "peak_memory_gb": peak / 1e9}
         lr_scheduler.step()
