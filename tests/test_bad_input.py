@@ -366,12 +366,26 @@ def test_a_size_that_is_not_a_multiple(refusal, name, value, example):
         "num_inference_steps",
         "validation_steps",
         "checkpointing_steps",
+        "updates_per_rollout",
+        "rollout_batch_size",
         "checkpoints_total_limit",
     ],
 )
 @pytest.mark.parametrize("value", [0, -3])
 def test_a_count_below_one(refusal, name, value):
     assert refusal(f"--{name}", value) == f"`--{name}` must be at least 1, but is {value}."
+
+
+@pytest.mark.parametrize("steps", [3, 10])
+def test_checkpoints_in_the_middle_of_a_rollout(refusal, steps):
+    message = refusal("--updates_per_rollout", 4, "--checkpointing_steps", steps)
+    assert message.startswith("`--checkpointing_steps` must be a multiple of `--updates_per_rollout`")
+
+
+@pytest.mark.parametrize("flags", ["", "--updates_per_rollout 1"])
+def test_new_noise_for_rollouts_that_are_used_once(refusal, flags):
+    message = refusal("--renew_noise", *flags.split())
+    assert message.startswith("`--renew_noise` needs `--updates_per_rollout` above 1")
 
 
 def test_too_few_noise_levels(refusal):
@@ -537,6 +551,17 @@ def test_a_base_in_fp8_with_deepspeed(refusal, engine):
     assert message.startswith("`--base_weights fp8` needs a configuration without DeepSpeed, ")
 
 
+@pytest.mark.parametrize("engine", ["zero3", "zero3_offload"])
+def test_compiling_under_zero_3(refusal, engine):
+    message = refusal("--compile", launcher=f"{ZERO_2} --deepspeed_config_file ds_configs/{engine}.json")
+    assert message.startswith("`--compile` needs whole weights; under ZeRO-3 ")
+
+
+@pytest.mark.parametrize("flags, stage", [("--compile", 2), ("", 3)])
+def test_compiling_under_zero_2_and_zero_3_without_it_are_accepted(make_args, flags, stage):
+    check_deepspeed(make_args(*flags.split()), {"zero_optimization": {"stage": stage}}, num_processes=3)
+
+
 def test_fp16_in_a_yaml_file(refusal, tmp_path):
     config = yaml.safe_load((ROOT / "accelerate_configs/cpu.yaml").read_text())
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({**config, "mixed_precision": "fp16"}))
@@ -700,6 +725,12 @@ def test_resuming_with_other_settings_of_adamw(refusal, checkpoint, flags, value
     message = refusal(*RESUME, *flags.split())
     found = "[0.9, 0.999, 1e-08, 0.0001]"
     problem = f"{checkpoint} was made with another betas, epsilon and decay: {found}. It cannot go on with {value}."
+    assert message.startswith(problem)
+
+
+def test_resuming_with_another_number_of_updates_per_rollout(refusal, checkpoint):
+    message = refusal(*RESUME, "--updates_per_rollout", 2)
+    problem = f"{checkpoint} was made with another updates_per_rollout: 1. It cannot go on with 2."
     assert message.startswith(problem)
 
 
