@@ -302,7 +302,8 @@ def predict_velocity(transformer, latents, sigma, prompt_embeds, tokens_per_samp
     transformer takes -> `noise - x0` as it sees it, float32, of the shape of the latents. Models with
     `expand_timesteps` take a timestep per token, so they need `tokens_per_sample`.
     """
-    timestep = 1000 * torch.as_tensor(sigma, dtype=torch.float32, device=latents.device).expand(len(latents))
+    sigma = torch.as_tensor(sigma, dtype=torch.float32).to(latents.device, non_blocking=True)
+    timestep = 1000 * sigma.expand(len(latents))
     if tokens_per_sample is not None:
         timestep = timestep[:, None].expand(-1, tokens_per_sample)
     latents = latents.to(prompt_embeds.dtype)
@@ -379,7 +380,7 @@ def decode_latents(vae, latents):
     cache of frames, which one frame does not need, would break the recomputation.
     """
     mean, std = (
-        torch.tensor(values, dtype=latents.dtype, device=latents.device).view(1, -1, 1, 1, 1)
+        torch.tensor(values, dtype=latents.dtype).to(latents.device, non_blocking=True).view(1, -1, 1, 1, 1)
         for values in (vae.config.latents_mean, vae.config.latents_std)
     )
     decoder = vae.decoder
@@ -531,10 +532,9 @@ def graded_pass(velocity_fn, vae, reward_model, x0, noise, prompt_embeds, captio
     Returns the loss, `torch.Tensor` of shape (), and metrics, a dict of detached tensors of shape ().
     """
     batch, repeats = len(x0), len(branches)
-    sigma_from, sigma_to, discount = (
-        torch.tensor([getattr(branch, name) for branch in branches], device=x0.device).repeat_interleave(batch)
-        for name in ("sigma_from", "sigma_to", "discount")
-    )
+    _, *values = zip(*branches, strict=True)  # from the host without waiting for the GPU
+    values = torch.tensor(values).to(x0.device, non_blocking=True)
+    sigma_from, sigma_to, discount = values.repeat_interleave(batch, dim=1)
     embeds = prompt_embeds.repeat(repeats, 1, 1)
     x0, noise = (latents.repeat(repeats, 1, 1, 1, 1) for latents in (x0, noise))
     x0_hat = direct_align_step(lambda x, sigma: velocity_fn(x, sigma, embeds), x0, noise, sigma_from, sigma_to)
@@ -1630,11 +1630,11 @@ def main(args):
             starts = [make_starts(args, group, samples, latent_shape, batch) for batch, samples in shares]
             embeds = [batch["prompt_embeds"].to(accelerator.device, non_blocking=True) for batch, _ in shares]
             embeds, latents, noise = (torch.cat(tensors) for tensors in (embeds, *zip(*starts, strict=True)))
-            latents, noise = latents.to(accelerator.device), noise.to(accelerator.device)
+            latents, noise = (tensor.to(accelerator.device, non_blocking=True) for tensor in (latents, noise))
             x0 = torch.cat([roll_out(*part) for part in zip(latents.split(size), embeds.split(size), strict=True)])
         elif args.renew_noise:
             noise = [make_noise(args, group, samples, latent_shape, update) for _, samples in shares]
-            noise = torch.cat(noise).to(accelerator.device)
+            noise = torch.cat(noise).to(accelerator.device, non_blocking=True)
 
         step_metrics = []
         parts = (tensor.split(args.train_batch_size) for tensor in (x0, noise, embeds))
@@ -1654,7 +1654,7 @@ def main(args):
                 optimizer.zero_grad()
                 step_metrics.append(torch.stack(list(metrics.values())))
 
-        # 5. Log. Here alone the step waits for the GPU.
+        # 5. Log. Here alone the update waits for the GPU, but for what UniPC and DeepSpeed do themselves.
         received = torch.tensor([float(signals[-1])], device=accelerator.device)
         gathered = accelerator.gather(torch.cat([torch.stack(step_metrics).mean(0), received])[None])
         *means, received = torch.cat([gathered.mean(0)[:-1], gathered.max(0).values[-1:]]).tolist()
