@@ -335,6 +335,14 @@ def embed(pipe, prompts, max_sequence_length):
     return [b[: min(n, max_sequence_length)] for b, n in zip(bits, token_counts(pipe.tokenizer, prompts), strict=True)]
 
 
+def make_scheduler(settings):
+    """The flow-matching scheduler that the trainer uses with these settings."""
+    if settings["rollout_scheduler"] == "euler":
+        return FlowMatchEulerDiscreteScheduler(shift=settings["rollout_shift"])
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    return UniPCMultistepScheduler(**flow, flow_shift=settings["rollout_shift"])
+
+
 def read_boundary_settings(args):
     """
     What is known of the latents before the expert is loaded: the settings that training must share, as a dict, the
@@ -360,17 +368,17 @@ def read_boundary_settings(args):
             raise SystemExit(f"`--{flag}` {getattr(args, flag)} must be a multiple of {multiple} for this model.")
     settings = {name: getattr(args, name) for name in ("height", "width", "sampling_steps", "rollout_scheduler")}
     settings["rollout_shift"] = args.rollout_shift or scheduler.get("flow_shift", 1.0)
+    schedule = make_scheduler(settings)
+    schedule.set_timesteps(args.sampling_steps)
+    if schedule.timesteps[-1] >= 1000 * index["boundary_ratio"]:
+        problem = "leaves no noise level below the boundary for the low-noise expert"
+        raise SystemExit(f"`--sampling_steps` {args.sampling_steps} {problem}; take more.")
     shape = transformer["in_channels"], 1, args.height // scale, args.width // scale
     return settings, index["boundary_ratio"], shape
 
 
 def load_high_noise_expert(args, settings, device):
     """Load a WanPipeline of the high-noise expert alone, with the scheduler of the settings."""
-    if settings["rollout_scheduler"] == "euler":
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=settings["rollout_shift"])
-    else:
-        flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
-        scheduler = UniPCMultistepScheduler(**flow, flow_shift=settings["rollout_shift"])
     pipe = WanPipeline.from_pretrained(
         args.pretrained_model_name_or_path,
         text_encoder=None,
@@ -378,13 +386,15 @@ def load_high_noise_expert(args, settings, device):
         vae=None,
         transformer_2=None,
         boundary_ratio=None,
-        scheduler=scheduler,
+        scheduler=make_scheduler(settings),
         revision=args.revision,
         variant=args.variant,
         cache_dir=args.cache_dir,
         dtype=torch.float32 if args.dtype == "fp32" else torch.bfloat16,
     )
     pipe.set_progress_bar_config(disable=True)
+    # As in training, latents are float32 between steps whatever the expert computes in.
+    pipe.transformer.register_forward_hook(lambda _module, _inputs, outputs: (outputs[0].float(),))
     if args.group_offload:
         pipe.transformer.enable_group_offload(onload_device=device, offload_type="block_level", num_blocks_per_group=1)
         return pipe

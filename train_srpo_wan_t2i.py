@@ -1282,16 +1282,16 @@ def check_dataset(args, model):
                     f"{args.max_sequence_length}` needs {expected}. Embed the captions again for this model."
                 )
     if args.rollout_start == "boundary":
-        if not set(BOUNDARY_COLUMNS) <= set(dataset["train"].column_names):
-            raise ValueError(f"{name} has no boundary latents; make it with `embed_prompts.py --boundary_latents`.")
+        lacking = {*BOUNDARY_COLUMNS, "boundary_settings"} - set(dataset["train"].column_names)
+        settings = [None] if lacking else dataset["train"].unique("boundary_settings")
+        if None in settings:
+            raise ValueError(f"{name} has no boundary latents, or rows without; see `embed_prompts.py --help`.")
         wanted = {**vars(args), "rollout_shift": args.rollout_shift or model.flow_shift}
-        for found in map(json.loads, dataset["train"].unique("boundary_settings")):
+        for found in map(json.loads, settings):
             for flag in BOUNDARY_FLAGS:
                 if found[flag] != wanted[flag]:
-                    raise ValueError(
-                        f"{name} has boundary latents of `--{flag} {found[flag]}`, not {wanted[flag]}. Train with the "
-                        "same, or make others with embed_prompts.py."
-                    )
+                    problem = f"{name} has boundary latents of `--{flag} {found[flag]}`, not {wanted[flag]}."
+                    raise ValueError(f"{problem} Train with the same, or make others with embed_prompts.py.")
     return dataset
 
 

@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from conftest import ROOT
+from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
@@ -233,3 +235,15 @@ def test_a_flattened_vae_refuses_clips(twins, batch):
     for way, clip in zip((encode, decode), clips, strict=True):
         with pytest.raises(RuntimeError, match="conv2d"):
             way(flat, clip)
+
+
+def test_the_vae_of_the_14b_model_needs_less_than_half_the_flop_as_a_2d_one():
+    folder = ROOT / "tests/fixtures/wan2.2-t2v-a14b"
+    with torch.device("meta"):
+        vae = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(folder, subfolder="vae")).requires_grad_(False)
+        latents, counts = torch.empty(1, 16, 1, 64, 64), []
+        for model in (vae, flatten_vae(copy.deepcopy(vae))):
+            with FlopCounterMode(display=False) as counter:
+                model.decode(latents)
+            counts.append(counter.get_total_flops())
+    assert counts[1] / counts[0] == pytest.approx(0.387, abs=0.001)
