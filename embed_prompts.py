@@ -289,19 +289,18 @@ def load_captions(args):
     return captions, len(rows) - len(captions)
 
 
-def load_text_encoder(args):
-    """Load a WanPipeline of a tokenizer and a text encoder; its other parts are neither downloaded nor loaded."""
+def load_pipeline(args, **parts):
+    """Load a WanPipeline without the parts that are given as `None`: they are neither downloaded nor loaded."""
     try:
         return WanPipeline.from_pretrained(
             args.pretrained_model_name_or_path,
-            transformer=None,
             transformer_2=None,
             vae=None,
-            scheduler=None,
             revision=args.revision,
             variant=args.variant,
             cache_dir=args.cache_dir,
             dtype=torch.float32 if args.dtype == "fp32" else torch.bfloat16,
+            **parts,
         )
     except (OSError, ValueError) as error:
         message = f"{args.pretrained_model_name_or_path} could not be loaded: {' '.join(str(error).split())}"
@@ -379,19 +378,8 @@ def read_boundary_settings(args):
 
 def load_high_noise_expert(args, settings, device):
     """Load a WanPipeline of the high-noise expert alone, with the scheduler of the settings."""
-    pipe = WanPipeline.from_pretrained(
-        args.pretrained_model_name_or_path,
-        text_encoder=None,
-        tokenizer=None,
-        vae=None,
-        transformer_2=None,
-        boundary_ratio=None,
-        scheduler=make_scheduler(settings),
-        revision=args.revision,
-        variant=args.variant,
-        cache_dir=args.cache_dir,
-        dtype=torch.float32 if args.dtype == "fp32" else torch.bfloat16,
-    )
+    scheduler = make_scheduler(settings)
+    pipe = load_pipeline(args, text_encoder=None, tokenizer=None, boundary_ratio=None, scheduler=scheduler)
     pipe.set_progress_bar_config(disable=True)
     # As in training, latents are float32 between steps whatever the expert computes in.
     pipe.transformer.register_forward_hook(lambda _module, _inputs, outputs: (outputs[0].float(),))
@@ -508,7 +496,7 @@ def main(args):
     logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", level=logging.INFO)
 
     # 1. The text encoder, and what every row says about it.
-    pipe = load_text_encoder(args).to(accelerator.device)
+    pipe = load_pipeline(args, transformer=None, scheduler=None).to(accelerator.device)
     text_dim = pipe.text_encoder.config.d_model
     provenance = {
         "text_encoder": "@".join(filter(None, [args.pretrained_model_name_or_path, args.revision])),

@@ -312,6 +312,15 @@ def test_boundary_latents_of_a_model_without_the_high_noise_expert(refusal, tiny
     assert message.startswith(f"`--pretrained_model_name_or_path` {half} could not be read: ")
 
 
+def test_weights_of_the_high_noise_expert_that_are_missing(paint, tiny_model, tmp_path):
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    (model / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(SystemExit) as caught:
+        paint(model, ["a cat"], *SMALL, "--boundary_latents", 1)
+    assert caught.value.code.startswith(f"`--pretrained_model_name_or_path` {model} could not be loaded: ")
+    assert "\n" not in caught.value.code
+
+
 # ---- What training starts from. -------------------------------------------------------------------------------------
 
 
