@@ -312,7 +312,7 @@ def predict_velocity(transformer, latents, sigma, prompt_embeds, tokens_per_samp
 
 
 def make_scheduler(name, shift):
-    """A flow-matching scheduler of diffusers, `euler` or `unipc`, with the `shift` of Wan's `flow_shift`."""
+    """Diffusers' scheduler `euler`, or `unipc`, which is nearer to the exact solution; `shift` is `flow_shift`."""
     if name == "euler":
         return FlowMatchEulerDiscreteScheduler(shift=shift)
     return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
@@ -350,11 +350,10 @@ class ImageConv(torch.nn.Conv2d):
     """A [`WanCausalConv3d`] for clips of one frame. It takes and gives (B, C, 1, H, W)."""
 
     def __init__(self, conv):
-        padding, options = (conv._padding[2], conv._padding[0]), {"device": conv.weight.device}
-        sizes = conv.in_channels, conv.out_channels, conv.kernel_size[1:], conv.stride[1:], padding
-        super().__init__(*sizes, bias=conv.bias is not None, dtype=conv.weight.dtype, **options)
-        weights = {"weight": conv.weight[:, :, -1], **({} if conv.bias is None else {"bias": conv.bias})}
-        self.load_state_dict(weights)
+        sizes = conv.in_channels, conv.out_channels, conv.kernel_size[1:], conv.stride[1:], conv._padding[2::-2]
+        like = {"bias": conv.bias is not None, "device": conv.weight.device, "dtype": conv.weight.dtype}
+        super().__init__(*sizes, **like)
+        self.load_state_dict({**conv.state_dict(), "weight": conv.weight[:, :, -1]})
 
     def forward(self, x, _cache=None):
         return super().forward(x.squeeze(2)).unsqueeze(2)
@@ -1622,7 +1621,8 @@ def main(args):
         weight = 1.0 if curve is None else shift_sigmas(position / args.timestep_length, curve)
         torch.manual_seed(make_generator(args.seed, GLOBAL, step, accelerator.process_index).initial_seed())
 
-        # 2. Captions and what their images start from, then clean latents, rolled out without gradient.
+        # 2. Captions and what their images start from, then clean latents, rolled out without gradient. Updates may
+        # share them: SRPO wants known images, which need not be of the newest weights.
         group, update = divmod(step, reuse)
         if update == 0:
             numbers = range(group * accumulation, (group + 1) * accumulation)
