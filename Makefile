@@ -24,7 +24,7 @@ demo: .venv/installed
 test: .venv/test-tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 clean:
 	rm -rf .venv outputs .pytest_cache .ruff_cache

@@ -51,14 +51,6 @@ QUICK = (
 ).split()
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """What pytest-xdist keeps on one process: the tests of a file, which share fixtures, but engines one by one."""
-    for item in items:
-        engine = item.callspec.params.get("runs", "") if hasattr(item, "callspec") else ""
-        item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {engine}"))
-
-
 def run_in_process(*flags, mixed_precision="no"):
     """Runs the training script in this process, as `accelerate launch` with accelerate_configs/cpu.yaml would."""
     from train_srpo_wan_t2i import main, parse_args
