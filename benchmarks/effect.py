@@ -23,21 +23,17 @@ import shlex
 import shutil
 
 import torch
-import yaml
-from measure import DEVICE, MINIATURE, ROOT, Anatomy, PlainLoop, run_trainer
+from measure import DEVICE, FAST, MINIATURE, PLAIN, ROOT, Anatomy, PlainLoop, embed_captions, run_trainer
 from safetensors.torch import load_file
 
 from diffusers import WanTransformer3DModel
 
-import embed_prompts
 from demo import TRAINING, judge
-from drawings import MAX_SEQUENCE_LENGTH, captions
+from drawings import MAX_SEQUENCE_LENGTH
 
 
 SHARE, EVERY, LONGEST = 0.85, 4, 48
-PLAIN = ("--sampling_steps", 25, "--rollout_scheduler", "euler")
 NO_VALIDATION = ("--validation_prompts",)
-FAST = ("--sampling_steps", 8, "--updates_per_rollout", 4)
 
 
 def train_plain(flags, output_dir, updates=LONGEST):
@@ -68,11 +64,8 @@ def prepare(folder):
     """Embeds the captions of the miniature; returns the flags of the demo's training."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    (folder / "prompts.yaml").write_text(yaml.safe_dump({"prompts": captions()}))
     base = ["--pretrained_model_name_or_path", MINIATURE / "model", "--max_sequence_length", MAX_SEQUENCE_LENGTH]
-    embed = [*base, "--prompts", folder / "prompts.yaml", "--output_dir", folder / "embeddings"]
-    embed_prompts.main(embed_prompts.parse_args([str(flag) for flag in embed]))
-    data = ["--dataset_name", folder / "embeddings", "--reward_model_path", MINIATURE / "reward"]
+    data = ["--dataset_name", embed_captions(folder, base), "--reward_model_path", MINIATURE / "reward"]
     return [*base, *data, *shlex.split(TRAINING), "--checkpoints_total_limit", LONGEST]
 
 

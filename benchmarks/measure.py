@@ -13,6 +13,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import yaml
 from accelerate.state import AcceleratorState
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,16 +24,29 @@ ROOT = Path(__file__).resolve().parent.parent
 MINIATURE = ROOT / "tests" / "miniature"
 sys.path += [str(ROOT), str(ROOT / "tests"), str(MINIATURE)]
 
+import embed_prompts  # noqa: E402
 import train_srpo_wan_t2i as trainer  # noqa: E402
+from drawings import captions  # noqa: E402
 
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# Flags of the settings that are compared: the published rollout, and what this trainer can do without.
+PLAIN = ("--sampling_steps", 25, "--rollout_scheduler", "euler")
+FAST = ("--sampling_steps", 8, "--updates_per_rollout", 4)
 MIXED_PRECISION = "bf16" if DEVICE.type == "cuda" else "no"
 
 
 def synchronize():
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
+
+
+def embed_captions(folder, source, every=1):
+    """Embeds every nth caption of the miniature with the model that the flags `source` name; returns the dataset."""
+    (folder / "prompts.yaml").write_text(yaml.safe_dump({"prompts": captions()[::every]}))
+    flags = [*source, "--prompts", folder / "prompts.yaml", "--output_dir", folder / "embeddings"]
+    embed_prompts.main(embed_prompts.parse_args([str(flag) for flag in flags]))
+    return folder / "embeddings"
 
 
 def run_trainer(flags):

@@ -13,31 +13,25 @@ mean square difference of the latents from those of 200 UniPC steps, over the la
 
 import argparse
 import json
-import sys
 from functools import partial
 from pathlib import Path
 
 import torch
+from measure import MINIATURE, ROOT
+
+from diffusers import WanPipeline
+
+from drawings import GUIDANCE_SCALE, MAX_SEQUENCE_LENGTH, captions
+from train_srpo_wan_t2i import make_generator, make_scheduler, predict_velocity, rollout
 
 
-ROOT = Path(__file__).resolve().parent.parent
-MINIATURE = ROOT / "tests" / "miniature"
-sys.path += [str(ROOT), str(ROOT / "tests"), str(MINIATURE)]
-
-from diffusers import WanPipeline  # noqa: E402
-
-from drawings import GUIDANCE_SCALE, MAX_SEQUENCE_LENGTH, captions  # noqa: E402
-from train_srpo_wan_t2i import make_generator, make_scheduler, predict_velocity, rollout  # noqa: E402
-
-
-MODEL = ROOT / "tests" / "miniature" / "model"
 STEPS = (4, 6, 8, 10, 12, 16, 20, 25, 40)
 EXACT_STEPS = 200
 
 
 @torch.no_grad()
 def main(output_dir):
-    pipeline = WanPipeline.from_pretrained(MODEL, transformer=None, vae=None, dtype=torch.float32)
+    pipeline = WanPipeline.from_pretrained(MINIATURE / "model", transformer=None, vae=None, dtype=torch.float32)
     prompts = captions()
     embeds = [
         pipeline.encode_prompt(text, None, False, max_sequence_length=MAX_SEQUENCE_LENGTH)[0]

@@ -25,19 +25,25 @@ import shutil
 import statistics
 
 import torch
-import yaml
-from measure import DEVICE, MINIATURE, ROOT, Anatomy, PlainLoop, matrix_product_rate, run_trainer
+from measure import (
+    DEVICE,
+    FAST,
+    MINIATURE,
+    PLAIN,
+    ROOT,
+    Anatomy,
+    PlainLoop,
+    embed_captions,
+    matrix_product_rate,
+    run_trainer,
+)
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor, UMT5Config, UMT5EncoderModel
 
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 
-import embed_prompts
-from drawings import captions
 from train_srpo_wan_t2i import make_scheduler
 
 
-PLAIN = ("--sampling_steps", 25, "--rollout_scheduler", "euler")
-FAST = ("--sampling_steps", 8, "--updates_per_rollout", 4)
 STATIONS = ("rollout", "graded pass", "decode", "reward", "optimizer", "other")
 
 
@@ -70,11 +76,9 @@ def make_model(folder, num_heads, num_layers, size, vae_base_dim):
     config.vision_config.update({"patch_size": 4, "hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 4})
     CLIPModel(config).save_pretrained(folder / "reward")
     CLIPProcessor.from_pretrained(MINIATURE / "reward").save_pretrained(folder / "reward")
-    (folder / "prompts.yaml").write_text(yaml.safe_dump({"prompts": captions()[::4]}))
     source = ["--pretrained_model_name_or_path", folder / "model", "--max_sequence_length", max_sequence_length]
-    flags = [*source, "--prompts", folder / "prompts.yaml", "--output_dir", folder / "embeddings"]
-    embed_prompts.main(embed_prompts.parse_args([str(flag) for flag in flags]))
-    return [*source, "--dataset_name", folder / "embeddings", "--reward_model", "CLIP"] + [
+    embeddings = embed_captions(folder, source, every=4)
+    return [*source, "--dataset_name", embeddings, "--reward_model", "CLIP"] + [
         *("--reward_model_path", folder / "reward", "--height", size, "--width", size)
     ]
 

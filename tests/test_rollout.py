@@ -46,6 +46,22 @@ def calls(transformer):
     hook.remove()
 
 
+def pipeline_latents(pipeline, noise, guidance_scale):
+    """What diffusers' own pipeline paints of this noise, before decoding."""
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(
+        prompt_embeds=PROMPT_EMBEDS,
+        negative_prompt_embeds=NEGATIVE_PROMPT_EMBEDS,
+        latents=noise,
+        height=64,
+        width=96,
+        num_frames=1,
+        num_inference_steps=STEPS,
+        guidance_scale=guidance_scale,
+        output_type="latent",
+    ).frames
+
+
 # ---- The rollout. ---------------------------------------------------------------------------------------------------
 
 
@@ -67,18 +83,7 @@ def test_rollout_paints_the_latents_of_the_pipeline(request, fixture, expert, gu
         transformer=transformer,
         expand_timesteps=alone,
     )
-    pipeline.set_progress_bar_config(disable=True)
-    expected = pipeline(
-        prompt_embeds=PROMPT_EMBEDS,
-        negative_prompt_embeds=NEGATIVE_PROMPT_EMBEDS,
-        latents=noise,
-        height=64,
-        width=96,
-        num_frames=1,
-        num_inference_steps=STEPS,
-        guidance_scale=guidance_scale,
-        output_type="latent",
-    ).frames
+    expected = pipeline_latents(pipeline, noise, guidance_scale)
 
     tokens = noise[0, 0].numel() // 4 if alone else None
     velocity_fn = partial(predict_velocity, transformer, tokens_per_sample=tokens)
@@ -133,20 +138,9 @@ def test_a_unipc_rollout_paints_the_latents_of_the_pipeline_as_it_is_saved(reque
     alone = fixture == "tiny_one_expert_model"
     experts = {"transformer": transformer, "transformer_2": None, "boundary_ratio": None}
     pipeline = WanPipeline.from_pretrained(folder, tokenizer=None, text_encoder=None, **experts)
-    pipeline.set_progress_bar_config(disable=True)
     scale = pipeline.vae.config.scale_factor_spatial
     noise = draw(0, 2, 4, 1, 64 // scale, 96 // scale)
-    expected = pipeline(
-        prompt_embeds=PROMPT_EMBEDS,
-        negative_prompt_embeds=NEGATIVE_PROMPT_EMBEDS,
-        latents=noise,
-        height=64,
-        width=96,
-        num_frames=1,
-        num_inference_steps=STEPS,
-        guidance_scale=3.0,
-        output_type="latent",
-    ).frames
+    expected = pipeline_latents(pipeline, noise, 3.0)
 
     assert isinstance(pipeline.scheduler, UniPCMultistepScheduler)
     scheduler = make_scheduler("unipc", pipeline.scheduler.config.flow_shift)
