@@ -351,7 +351,8 @@ def read_boundary_settings(args):
     try:
         index = WanPipeline.load_config(**source)
         scheduler = UniPCMultistepScheduler.load_config(**source, subfolder="scheduler")
-        vae = AutoencoderKLWan.load_config(**source, subfolder="vae")
+        with torch.device("meta"):  # whose config has the defaults for what the file leaves out
+            vae = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(**source, subfolder="vae")).config
         transformer = WanTransformer3DModel.load_config(**source, subfolder="transformer")
     except (OSError, ValueError) as error:
         message = f"{args.pretrained_model_name_or_path} could not be read: {' '.join(str(error).split())}"

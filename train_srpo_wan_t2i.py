@@ -433,11 +433,13 @@ class RewardModel(torch.nn.Module):
 
     @torch.no_grad()
     def encode_texts(self, texts):
-        """List of B strings -> (B, D) float32 of unit norm. Every text is encoded once in a run."""
-        missing = [text for text in dict.fromkeys(texts) if text not in self.text_cache]
-        if missing:
-            features = F.normalize(self.text_features(missing).float(), dim=-1)
-            self.text_cache.update(zip(missing, features, strict=True))
+        """
+        List of B strings -> (B, D) float32 of unit norm. Every text is encoded once in a run, and alone: in a batch its
+        last bits would depend on the others, which after resuming are others.
+        """
+        for text in dict.fromkeys(texts):
+            if text not in self.text_cache:
+                self.text_cache[text] = F.normalize(self.text_features([text]).float(), dim=-1)[0]
         return torch.stack([self.text_cache[text] for text in texts])
 
     def reward(self, image_features, text_features):
