@@ -9,12 +9,26 @@ Preference Optimization (https://arxiv.org/abs/2509.06942). Captions come from `
         --pretrained_model_name_or_path Wan-AI/Wan2.2-T2V-A14B-Diffusers --dataset_name prompt_embeds \
         --reward_model HPS --reward_model_path HPS_v2.1_compressed.pt --output_dir outputs/srpo
 
-One update, in the order of this file: roll out an image without gradient (`rollout`), put known noise back in and take
-one graded step (`direct_align_step`), decode it (`decode_latents`), score it with a preference model relative to a
-positive and a negative control word (`srp_score`), and back-propagate (`srpo_loss`).
+This file follows one update: plan it (`plan_update`), paint images without gradient (`make_rollouts`), put known noise
+back in and take one graded step (`direct_align_step`), decode it (`decode_latents`), score it with a preference model
+relative to a positive and a negative control word (`srp_score`), and back-propagate (`graded_pass`, `update`). Then
+come weights, validation, checkpoints, flags and `main`.
+
+Departures from the published code (https://github.com/Tencent-Hunyuan/SRPO), which trains FLUX:
+- The denoise and the inversion branch are one batch: one forward and one backward pass instead of two.
+- `--gradient_accumulation_steps` counts rollouts, whatever branches each has; the published loop counts branches.
+- Wan has no embedded guidance: rollouts use classifier-free guidance, the graded step uses none.
+- The default window of noise levels is the low-noise expert's part of a schedule without shift, and rollouts take 10
+  steps of UniPC; docs/recipes.md has the flags of the published runs.
+- Every random draw is a function of the seed, the sample and the update. So a resumed run repeats the run that it
+  continues, and an update is the same, up to rounding, however its samples are spread over processes.
+- On single images the VAE works as a 2-D network, which equals the 3-D one there.
+- Images that are not square are padded, not cropped, before HPS sees them, as HPSv2 itself does.
+- `--drift_weight` can hold the velocity near that of the untrained expert.
 """
 
 import argparse
+import copy
 import hashlib
 import importlib.util
 import json
@@ -27,50 +41,28 @@ import shutil
 import signal
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial
+from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-import datasets
 import huggingface_hub
 import numpy as np
-import open_clip
 import torch
 import torch.nn.functional as F
-import torchvision.transforms.v2.functional as TF
-import transformers
 from accelerate import Accelerator, DistributedType
 from accelerate.logging import get_logger
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list, gather_object
-from matplotlib.figure import Figure
-from peft import LoraConfig
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, gather_object, set_seed
 from PIL import Image
 from safetensors import safe_open
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
-from transformers import AutoConfig, CLIPModel, CLIPProcessor
-from transformers.utils import cached_file
-
-import diffusers
-from diffusers import (
-    AutoencoderKLWan,
-    FlowMatchEulerDiscreteScheduler,
-    UniPCMultistepScheduler,
-    WanPipeline,
-    WanTransformer3DModel,
-)
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, unpatchify
-from diffusers.optimization import SchedulerType, get_scheduler
-from diffusers.training_utils import cast_training_params
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, check_min_version
 
 
-# Will error if the minimal version of diffusers is not installed. Remove at your own risks.
-check_min_version("0.40.0")
+# Libraries that take seconds to import are imported where they are used, so that `--help` answers at once.
 
 logger = get_logger(__name__)
 TRACKER_NAME = "srpo-wan-t2i"
@@ -80,9 +72,6 @@ LOG_FORMAT = "%(asctime)s - %(levelname)s - %(name)s - %(message)s"
 POSITIVE_WORDS = ("Natural-lighting", "Detail", "Detailed", "Real")
 NEGATIVE_WORDS = ("Concept art", "Painting", "Anime", "Flat", "Oil")
 
-# The linear layers that diffusers' own scripts for Wan adapt: all of the attention.
-LORA_TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0")
-
 # Positions this close to either end of the training grid are not drawn (fastvideo/SRPO.py).
 POSITION_MARGIN = 5
 
@@ -91,9 +80,15 @@ HPS_REPOSITORY, HPS_FILE, HPS_ARCHITECTURE = "xswu/HPSv2", "HPS_v2.1_compressed.
 PICKSCORE_REPOSITORY = "yuvalkirstain/PickScore_v1"
 PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
-# The file and the layer by whose weights a model is identified.
-BASE_LAYER = "diffusion_pytorch_model", "blocks.0.attn1.to_q.weight"
-TEXT_ENCODER_LAYER = "model", "encoder.final_layer_norm.weight"
+# The linear layers that diffusers' own scripts for Wan adapt: all of the attention.
+LORA_TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0")
+
+# The name that diffusers gives to a file with a LoRA.
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+# First words of the names of files of weights, and the layers by whose weights a model is identified.
+DIFFUSERS_STEM, TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
+TRANSFORMER_LAYER, TEXT_ENCODER_LAYER = "blocks.0.attn1.to_q.weight", "encoder.final_layer_norm.weight"
 
 # What `embed_prompts.py --boundary_latents` adds to the dataset, and the flags that it shares with training.
 BOUNDARY_COLUMNS = ("boundary_latents", "boundary_seeds")
@@ -103,36 +98,31 @@ BOUNDARY_FLAGS = ("height", "width", "sampling_steps", "rollout_scheduler", "rol
 SHUFFLE, NOISE, POSITION, VALIDATION, GLOBAL = range(5)
 
 
-# ---- SRPO: noise levels, the graded step, the relative score. Pure functions, no model. -----------------------------
+# ---- 2. SRPO: noise levels, the graded step, the relative score, the plan of an update. Pure functions. -------------
 def shift_sigmas(sigmas, shift):
-    """
-    Bends noise levels in [0, 1], a float or a tensor of any shape, towards 1 as the schedules of SD3, FLUX and Wan do:
-    `shift * sigma / (1 + (shift - 1) * sigma)`. Source: Esser et al. 2024 (https://arxiv.org/abs/2403.03206), eq. 23.
-    """
+    """Bends noise levels in [0, 1], a float or a tensor of any shape, towards 1 as the schedules of SD3, FLUX and Wan
+    do: `shift * sigma / (1 + (shift - 1) * sigma)`. Source: Esser et al. 2024 (https://arxiv.org/abs/2403.03206), eq.
+    23."""
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
 def make_train_sigmas(num_inference_steps, shift, train_timestep, timestep_length):
-    """
-    The `timestep_length` noise levels that training draws from, (L,) float32, descending: between the first and the
+    """The `timestep_length` noise levels that training draws from, (L,) float32, descending: between the first and the
     last step of `train_timestep`, 0 <= first < last <= steps, of a sampling schedule of `num_inference_steps` steps
-    with this `shift`. Source: `sigmas_l` in fastvideo/SRPO.py.
-    """
+    with this `shift`. Source: `sigmas_l` in fastvideo/SRPO.py."""
     schedule = shift_sigmas(torch.linspace(1, 0, num_inference_steps + 1), shift)
     first, last = train_timestep
     return torch.linspace(schedule[first], schedule[last], timestep_length)
 
 
 def branch_sigmas(train_sigmas, position, groundtruth_ratio):
-    """
-    The noise levels between which each branch takes its step. Both branches recover the image from (nearly) the same
-    level: the denoise branch comes from above, the inversion branch from below. `train_sigmas` are those (L,) of
+    """The noise levels between which each branch takes its step. Both branches recover the image from (nearly) the
+    same level: the denoise branch comes from above, the inversion branch from below. `train_sigmas` are those (L,) of
     [`make_train_sigmas`]; 1 <= `position` < L counts from the end of low noise, else a `ValueError` is raised; and
     `groundtruth_ratio` is the share of the window that is injected noise, the rest of which the step spans.
 
     Returns three pairs: denoise (sigma_from, sigma_to), inversion (sigma_from, sigma_to), and the positions at which
-    the denoise and the inversion branch read their discounts. Source: fastvideo/SRPO.py.
-    """
+    the denoise and the inversion branch read their discounts. Source: fastvideo/SRPO.py."""
     length = len(train_sigmas)
     if not 1 <= position < length:
         raise ValueError(f"`position` must be between 1 and {length - 1}, but is {position}.")
@@ -144,15 +134,13 @@ def branch_sigmas(train_sigmas, position, groundtruth_ratio):
 
 
 def direct_align_step(predict_velocity, x0, noise, sigma_from, sigma_to):
-    """
-    Direct-Align: injects known noise, takes one Euler step, and recovers the clean latents in closed form.
+    """Direct-Align: injects known noise, takes one Euler step, and recovers the clean latents in closed form.
     `predict_velocity` takes latents and `sigma_from`, as given; `x0` and standard normal `noise` are (B, C, T, H, W),
     and no gradient flows through them; noise levels, floats or of shape () or (B,), are in [0, 1] and sigma_to < 1.
 
     Returns x0_hat, of the shape of `x0`, which it equals if the predicted velocity is exactly `noise - x0`. The slope
     d x0_hat / d velocity = (sigma_to - sigma_from) / (1 - sigma_to) is negative when denoising and positive when
-    inverting. Source: the SRPO paper.
-    """
+    inverting. Source: the SRPO paper."""
     start, end = (
         torch.as_tensor(sigma, dtype=x0.dtype, device=x0.device).reshape(-1, *[1] * (x0.ndim - 1))
         for sigma in (sigma_from, sigma_to)
@@ -163,74 +151,134 @@ def direct_align_step(predict_velocity, x0, noise, sigma_from, sigma_to):
 
 
 def srp_score(image_features, positive_features, negative_features, discount):
-    """
-    Semantic relative preference: how much closer an image is to one caption than to another. Features have unit norm
-    and shape (B, D); `discount`, a float or of shape () or (B,), is the extra weight of the positive caption. Returns
-    <f, (1 + discount) * positive - negative> of shape (B,), `SRP_cfg` in fastvideo/SRPO.py.
-    """
+    """Semantic relative preference: how much closer an image is to one caption than to another. Features have unit
+    norm and shape (B, D); `discount`, a float or of shape () or (B,), is the extra weight of the positive caption.
+    Returns <f, (1 + discount) * positive - negative> of shape (B,), `SRP_cfg` in fastvideo/SRPO.py."""
     positive = (image_features * positive_features).sum(-1)
     negative = (image_features * negative_features).sum(-1)
     return (1 + discount) * positive - negative
 
 
-def srpo_loss(score, margin):
-    """
-    Hinge loss: the mean of relu(margin - score). Images whose score, of shape (B,) from [`srp_score`], reaches the
-    margin, 0.7 in the published run, are left alone.
-    """
-    return F.relu(margin - score).mean()
+def srpo_loss(score, margin, weight=1.0):
+    """Hinge loss: the mean of weight * relu(margin - score), () for scores (B,) of [`srp_score`]. Images whose score
+    reaches the margin, 0.7 in the published FLUX run, are left alone. Without a margin (`None`) the loss is linear,
+    the mean of weight * -score, as in the Qwen-Image run. `weight` is a float or of shape (B,)."""
+    return (weight * (-score if margin is None else F.relu(margin - score))).mean()
 
 
-class Branch(NamedTuple):
-    """One way through the graded step. `discount` weighs the caption that the branch is drawn to."""
-
-    name: str  # "denoise" or "inversion"
-    sigma_from: float
-    sigma_to: float
-    discount: float
-
-
-def make_branches(args, train_sigmas, position):
-    """The branches of `--branches` at a position of the training grid: a list of [`Branch`]."""
-    *sigmas, positions = branch_sigmas(train_sigmas, position, args.groundtruth_ratio)
-    ends = args.discount_pos, args.discount_inv
-    discounts = [torch.linspace(*pair, len(train_sigmas))[at] for pair, at in zip(ends, positions, strict=True)]
-    rows = zip(("denoise", "inversion"), sigmas, discounts, strict=True)
-    branches = [Branch(name, start.item(), end.item(), discount.item()) for name, (start, end), discount in rows]
-    return [branch for branch in branches if args.branches in ("both", branch.name)]
-
-
-# ---- Randomness and data: which sample is which caption, and which noise it starts from. ----------------------------
 def make_generator(*key):
     """A CPU `torch.Generator` whose state is a function of the non-negative integers of `key` alone."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """The method's settings, each what the flag of its name says; see [`parse_args`]."""
+
+    seed: int
+    noise: str
+    num_inference_steps: int
+    shift: float
+    train_timestep: tuple[int, int]
+    timestep_length: int
+    groundtruth_ratio: float
+    branches: str
+    discount_pos: tuple[float, float]
+    discount_inv: tuple[float, float]
+    positive_words: tuple[str, ...]
+    negative_words: tuple[str, ...]
+    loss: str
+    reward_margin: float
+    loss_weight_shift: float | None
+    drift_weight: float
+    max_grad_norm: float
+
+    @cached_property
+    def train_sigmas(self):
+        """The training grid; see [`make_train_sigmas`]."""
+        return make_train_sigmas(self.num_inference_steps, self.shift, self.train_timestep, self.timestep_length)
+
+
+class Branch(NamedTuple):
+    """One way through the graded step, for B samples."""
+
+    name: str  # "denoise" or "inversion"
+    sigma_from: torch.Tensor  # (B,)
+    sigma_to: torch.Tensor  # (B,)
+    discount: torch.Tensor  # (B,): the extra weight of the caption that the branch is drawn to
+    swap: bool  # whether that is the negative caption, because the gradient has the opposite sign
+
+
+class Plan(NamedTuple):
+    """What an update decides about B samples."""
+
+    positive_word: str
+    negative_word: str
+    branches: list[Branch]
+    weight: torch.Tensor  # (B,): factors of the loss
+
+
+def draw_positions(recipe, step, samples):
+    """The position in the training grid of each sample in an update: a list of B integers."""
+    last = recipe.timestep_length - POSITION_MARGIN
+    generators = (make_generator(recipe.seed, POSITION, sample, step) for sample in samples)
+    return [torch.randint(POSITION_MARGIN, last + 1, (), generator=generator).item() for generator in generators]
+
+
+def plan_update(recipe, step, samples):
+    """The [`Plan`] of update number `step` for the samples with these numbers in the run: a pure function. Control
+    words change with the update. Each sample has a noise level of its own, as each process has one in the published
+    code."""
+    length, ratio = recipe.timestep_length, recipe.groundtruth_ratio
+    positions = draw_positions(recipe, step, samples)
+    levels = [branch_sigmas(recipe.train_sigmas, position, ratio) for position in positions]
+    branches = []
+    for index, (name, ends) in enumerate((("denoise", recipe.discount_pos), ("inversion", recipe.discount_inv))):
+        if recipe.branches in ("both", name):
+            sigma_from, sigma_to = torch.tensor([each[index] for each in levels]).unbind(1)
+            read_at = [each[2][index] for each in levels]
+            discount = torch.linspace(*ends, length)[read_at]
+            branches.append(Branch(name, sigma_from, sigma_to, discount, swap=name == "inversion"))
+    curve = recipe.loss_weight_shift
+    weight = torch.ones(len(positions)) if curve is None else shift_sigmas(torch.tensor(positions) / length, curve)
+    positive, negative = recipe.positive_words, recipe.negative_words
+    return Plan(positive[step % len(positive)], negative[step % len(negative)], branches, weight)
+
+
+# ---- 3. Data: which sample is which caption, and what its image starts from. ----------------------------------------
+class Rollout(NamedTuple):
+    """One micro-batch: B samples and their clean latents. Height, width and frames are those of `x0`."""
+
+    captions: list[str]
+    prompt_embeds: torch.Tensor  # (B, L, D), of the plain captions
+    samples: range  # their numbers in the run
+    noise: torch.Tensor  # (B, C, T, H, W) float32, the noise to inject
+    x0: torch.Tensor  # (B, C, T, H, W) float32
+
+
 @dataclass
 class SampleSampler:
-    """
-    Batch sampler of one process. The captions of a run form one endless stream, shuffled anew every epoch, and the
-    samples of a rollout are consecutive in it. So every process takes the same number of steps, a resumed run goes on
-    with the next caption, and a step sees the same captions on one process as on many.
-    """
+    """Batch sampler of one process. The captions of a run form one endless stream, shuffled anew every epoch, and the
+    samples of a micro-batch are consecutive in it. So every process takes the same number of steps, a resumed run goes
+    on with the next caption, and an update sees the same captions on one process as on many."""
 
     dataset_size: int  # number of captions
     seed: int  # decides the shuffles
-    rollouts: range  # numbers of the rollouts to yield, counted from the beginning of the run
-    batch_size: int  # captions of a rollout on each process
-    process_index: int = 0  # which share of each rollout to yield
+    numbers: range  # of the micro-batches to yield, counted from the beginning of the run
+    batch_size: int  # captions of a micro-batch
+    process_index: int = 0  # which of the micro-batches with the same number to yield
     num_processes: int = 1
 
-    def samples(self, rollout):
-        """The numbers, in the stream, of the samples of one rollout on this process: a `range`."""
-        first = (rollout * self.num_processes + self.process_index) * self.batch_size
+    def samples(self, number):
+        """The numbers, in the stream, of the samples of one micro-batch of this process: a `range`."""
+        first = (number * self.num_processes + self.process_index) * self.batch_size
         return range(first, first + self.batch_size)
 
     def __iter__(self):
         epoch, order = None, None
-        for rollout in self.rollouts:
+        for number in self.numbers:
             batch = []
-            for sample in self.samples(rollout):
+            for sample in self.samples(number):
                 if sample // self.dataset_size != epoch:
                     epoch = sample // self.dataset_size
                     order = torch.randperm(self.dataset_size, generator=make_generator(self.seed, SHUFFLE, epoch))
@@ -238,30 +286,29 @@ class SampleSampler:
             yield batch
 
 
-def noise_generators(args, step, samples, *update):
-    """
-    The generators of what each sample of a step starts from; `samples` are their numbers in the run. With `--noise
-    shared` all have the same noise, which gives gradients of lower variance, says the SRPO paper.
-    """
-    keys = [step] * len(samples) if args.noise == "shared" else samples
-    return [make_generator(args.seed, NOISE, key, *update) for key in keys]
+def noise_generators(recipe, group, samples, *reuse):
+    """A generator for what each sample starts from. With `--noise shared` all samples of a group have the same noise,
+    which gives gradients of lower variance, says the SRPO paper."""
+    keys = [group] * len(samples) if recipe.noise == "shared" else samples
+    return [make_generator(recipe.seed, NOISE, key, *reuse) for key in keys]
 
 
-def make_noise(args, step, samples, shape, *update):
-    """The noise, (B, C, T, H, W) float32, that samples start from. It is drawn on the CPU, the same for any device."""
-    return torch.stack([torch.randn(shape, generator=each) for each in noise_generators(args, step, samples, *update)])
+def draw_noise(recipe, shape, group, samples, *reuse):
+    """The noise, (B, *shape) float32, of the samples with these numbers. `group` counts the rollouts of the run, and
+    `reuse` the updates on the same rollout. It is drawn on the CPU, so it is the same for any device."""
+    return torch.stack(
+        [torch.randn(shape, generator=each) for each in noise_generators(recipe, group, samples, *reuse)]
+    )
 
 
-def make_starts(args, step, samples, shape, batch):
-    """
-    What the images of B samples start from: latents, and the noise in them, each (B, C, 1, H, W) float32. By default
-    both are the noise. With `--rollout_start boundary` they are one of the K latents that `embed_prompts.py
-    --boundary_latents K` has stored for each caption, and the noise of its seed; see [`collate_fn`] for `batch`.
-    """
-    if args.rollout_start == "noise":
-        return (make_noise(args, step, samples, shape),) * 2
+def draw_starts(recipe, shape, group, samples, batch):
+    """What the images of B samples start from: latents, and the noise in them, each (B, *shape) float32. By default
+    both are the noise. If the `batch`, see [`collate_fn`], has boundary latents, they are one of the K latents that
+    `embed_prompts.py --boundary_latents K` has stored for each caption, and the noise of its seed."""
+    if "boundary_latents" not in batch:
+        return (draw_noise(recipe, shape, group, samples),) * 2
     latents, noise = [], []
-    generators = noise_generators(args, step, samples)
+    generators = noise_generators(recipe, group, samples)
     for stored, seeds, generator in zip(batch["boundary_latents"], batch["boundary_seeds"], generators, strict=True):
         pick = torch.randint(len(seeds), (), generator=generator).item()
         latents.append(torch.as_tensor(stored[pick]))
@@ -270,7 +317,9 @@ def make_starts(args, step, samples, shape, batch):
 
 
 def load_prompt_dataset(path, cache_dir=None):
-    """What `embed_prompts.py` wrote, from a folder or the Hub: a `datasets.DatasetDict` of `train` and `negative`."""
+    """What `embed_prompts.py` wrote, from a folder or the Hub: a `DatasetDict` of `train`, `negative`, `validation`."""
+    import datasets
+
     if Path(path).is_dir() and (Path(path) / "dataset_dict.json").is_file():
         return datasets.load_from_disk(path)
     return datasets.load_dataset(path, cache_dir=cache_dir)
@@ -283,10 +332,8 @@ def unpack_prompt_embeds(rows, max_sequence_length, dtype):
 
 
 def collate_fn(examples, max_sequence_length, dtype):
-    """
-    Rows of the prompt dataset -> {"captions": list of B strings, "prompt_embeds": (B, max_sequence_length, D)}, and
-    lists of what they have of `BOUNDARY_COLUMNS`.
-    """
+    """Rows of the prompt dataset -> {"captions": list of B strings, "prompt_embeds": (B, max_sequence_length, D)}, and
+    lists of what they have of `BOUNDARY_COLUMNS`."""
     return {
         "captions": [example["caption"] for example in examples],
         "prompt_embeds": unpack_prompt_embeds([e["prompt_embeds"] for e in examples], max_sequence_length, dtype),
@@ -294,50 +341,56 @@ def collate_fn(examples, max_sequence_length, dtype):
     }
 
 
-# ---- The transformer: velocity and rollout. -------------------------------------------------------------------------
-def predict_velocity(transformer, latents, sigma, prompt_embeds, tokens_per_sample=None):
-    """
-    One forward pass of a [`WanTransformer3DModel`], bare or prepared by Accelerate: noisy latents (B, C, T, H, W) of
+# ---- 4. The transformer: velocity and solver. -----------------------------------------------------------------------
+def transformer_velocity(transformer, latents, sigma, prompt_embeds, token_patch=None):
+    """One forward pass of a `WanTransformer3DModel`, bare or prepared by Accelerate: noisy latents (B, C, T, H, W) of
     noise level `sigma` in [0, 1], a float or of shape () or (B,), and text embeddings (B, L, D) in the type that the
     transformer takes -> `noise - x0` as it sees it, float32, of the shape of the latents. Models with
-    `expand_timesteps` take a timestep per token, so they need `tokens_per_sample`.
-    """
+    `expand_timesteps` take a timestep for each token, so they need `token_patch`, the (T, H, W) of a token."""
     sigma = torch.as_tensor(sigma, dtype=torch.float32).to(latents.device, non_blocking=True)
     timestep = 1000 * sigma.expand(len(latents))
-    if tokens_per_sample is not None:
-        timestep = timestep[:, None].expand(-1, tokens_per_sample)
+    if token_patch is not None:
+        tokens = np.prod([size // patch for size, patch in zip(latents.shape[2:], token_patch, strict=True)]).item()
+        timestep = timestep[:, None].expand(-1, tokens)
     latents = latents.to(prompt_embeds.dtype)
-    velocity = transformer(latents, timestep, encoder_hidden_states=prompt_embeds, return_dict=False)[0]
-    return velocity.float()
+    return transformer(latents, timestep, encoder_hidden_states=prompt_embeds, return_dict=False)[0].float()
 
 
 def make_scheduler(name, shift):
     """Diffusers' scheduler `euler`, or `unipc`, which is nearer to the exact solution; `shift` is `flow_shift`."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+
     if name == "euler":
         return FlowMatchEulerDiscreteScheduler(shift=shift)
     return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
 
 
+class Solver(NamedTuple):
+    """How clean latents are painted."""
+
+    scheduler: object  # of diffusers, see [`make_scheduler`]
+    num_steps: int
+    guidance_scale: float  # 1.0 leaves the negative prompt out and halves the work
+    boundary: float | None = None  # the noise level from which on stored latents start
+
+
 @torch.no_grad()
-def rollout(
-    velocity_fn, scheduler, noise, prompt_embeds, negative_prompt_embeds, num_steps, guidance_scale, boundary=None
-):
-    """
-    Paints clean latents from noise (B, C, T, H, W): what `WanPipeline(..., output_type="latent")` gives with this
-    `scheduler` of diffusers in `num_steps`, but with both halves of classifier-free guidance in one batch. A
-    `guidance_scale` of 1.0 leaves the negative prompt out and halves the work. `velocity_fn` takes latents, sigma and
-    text embeddings (B, L, D), see [`predict_velocity`]. With a `boundary`, a noise level, what is given as noise are
-    latents at the first noise level of the schedule below it. Returns x0, float32, of the shape of the noise.
-    """
+def paint_latents(models, latents, prompt_embeds):
+    """Paints clean latents from noise (B, C, T, H, W) with the solver of [`Models`]: what `WanPipeline(...,
+    output_type="latent")` gives with the same scheduler of diffusers, but with both halves of classifier-free guidance
+    in one batch. `prompt_embeds` are (B, L, D). If the solver has a boundary, the latents are not noise, but those at
+    the first noise level of the schedule below it. Returns x0, float32, of the shape of the latents."""
+    scheduler, num_steps, guidance_scale, boundary = models.solver
     guided = guidance_scale > 1.0
     if guided:
-        prompt_embeds = torch.cat([prompt_embeds, negative_prompt_embeds])
+        prompt_embeds = torch.cat([prompt_embeds, models.negative_prompt_embeds.expand_as(prompt_embeds)])
     scheduler.set_timesteps(num_steps)  # on the CPU, where reading a noise level waits for no GPU
     first = 0 if boundary is None else int((scheduler.timesteps >= 1000 * boundary).sum())
     scheduler.set_begin_index(first)
-    latents = noise
     for timestep in scheduler.timesteps[first:]:
-        velocity = velocity_fn(torch.cat([latents, latents]) if guided else latents, timestep / 1000, prompt_embeds)
+        velocity = models.velocity(
+            torch.cat([latents, latents]) if guided else latents, timestep / 1000, prompt_embeds
+        )
         if guided:
             conditional, unconditional = velocity.chunk(2)
             velocity = unconditional + guidance_scale * (conditional - unconditional)
@@ -345,9 +398,9 @@ def rollout(
     return latents
 
 
-# ---- The VAE: latents to pixels, with a gradient. -------------------------------------------------------------------
+# ---- 5. The VAE: latents to pixels, with a gradient. ----------------------------------------------------------------
 class ImageConv(torch.nn.Conv2d):
-    """A [`WanCausalConv3d`] for clips of one frame. It takes and gives (B, C, 1, H, W)."""
+    """A `WanCausalConv3d` of diffusers for clips of one frame. It takes and gives (B, C, 1, H, W)."""
 
     def __init__(self, conv):
         sizes = conv.in_channels, conv.out_channels, conv.kernel_size[1:], conv.stride[1:], conv._padding[2::-2]
@@ -360,10 +413,10 @@ class ImageConv(torch.nn.Conv2d):
 
 
 def flatten_vae(vae):
-    """
-    Turns an [`AutoencoderKLWan`] into one for single images, which gives the same: a causal 3-D convolution sees the
-    image behind frames of zeros, so of its kernel only the last temporal slice matters, which is a 2-D one.
-    """
+    """Turns an `AutoencoderKLWan` into one for single images, which gives the same: a causal 3-D convolution sees the
+    image behind frames of zeros, so of its kernel only the last temporal slice matters, which is a 2-D one."""
+    from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+
     for module in list(vae.modules()):
         for name, child in module.named_children():
             if isinstance(child, WanCausalConv3d):
@@ -372,12 +425,12 @@ def flatten_vae(vae):
 
 
 def decode_latents(vae, latents):
-    """
-    Latents (B, C, 1, H, W), normalised as the transformer sees them -> pixels (B, 3, s * H, s * W) float32 in [0, 1],
-    and the share of values that were clamped, (), which carry no gradient. The same as `vae.decode`, except that the
-    decoder's blocks are checkpointed where gradients flow: [`AutoencoderKLWan`] has no gradient checkpointing, and its
-    cache of frames, which one frame does not need, would break the recomputation.
-    """
+    """Latents (B, C, 1, H, W), normalised as the transformer sees them -> pixels (B, 3, s * H, s * W) float32 in [0,
+    1], and the share of values that were clamped, (), which carry no gradient. The same as `vae.decode`, except that
+    the decoder's blocks are checkpointed where gradients flow: `AutoencoderKLWan` has no gradient checkpointing, and
+    its cache of frames, which one frame does not need, would break the recomputation."""
+    from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
     mean, std = (
         torch.tensor(values, dtype=latents.dtype).to(latents.device, non_blocking=True).view(1, -1, 1, 1, 1)
         for values in (vae.config.latents_mean, vae.config.latents_std)
@@ -395,13 +448,13 @@ def decode_latents(vae, latents):
     return pixels.clamp(-1, 1) / 2 + 0.5, saturated
 
 
-# ---- Rewards: human-preference models that see pixels and captions. -------------------------------------------------
+# ---- 6. Rewards: human-preference models that see pixels and captions. ----------------------------------------------
 def preprocess_pixels(pixels, image_size, mean, std, keep_borders):
-    """
-    Differentiable preprocessing for CLIP-like encoders: pixels (B, 3, H, W) in [0, 1] -> (B, 3, size, size),
+    """Differentiable preprocessing for CLIP-like encoders: pixels (B, 3, H, W) in [0, 1] -> (B, 3, size, size),
     normalised by the `mean` and `std` of each channel. With `keep_borders` the longer side is fitted and the rest is
-    black, as HPSv2's `ResizeMaxSize` does it; otherwise the centre is cropped, as CLIP's processor does it.
-    """
+    black, as HPSv2's `ResizeMaxSize` does it; otherwise the centre is cropped, as CLIP's processor does it."""
+    import torchvision.transforms.v2.functional as TF
+
     height, width = pixels.shape[-2:]
     scale = image_size / (max if keep_borders else min)(height, width)
     height, width = round(height * scale), round(width * scale)
@@ -412,11 +465,15 @@ def preprocess_pixels(pixels, image_size, mean, std, keep_borders):
     return TF.normalize(TF.center_crop(pixels, [image_size, image_size]), mean, std)
 
 
+def put_word_before(word, captions):
+    """The captions as a reward model sees them, with a control word in front."""
+    return [f"{word}. {caption}" for caption in captions]
+
+
 class RewardModel(torch.nn.Module):
-    """
-    A frozen model of which images people prefer for a caption: a reward is `scale` times the inner product of features
-    of unit norm. Subclasses set `model`, `image_size`, `mean`, `std`, `keep_borders`, `scale`; they give raw features.
-    """
+    """A frozen model of which images people prefer for a caption: `reward(pixels, captions)`. This one encodes image
+    and text apart, and the reward is `scale` times the inner product of their features of unit norm. Subclasses set
+    `model`, `image_size`, `mean`, `std`, `keep_borders`, `scale`, and give raw features."""
 
     def __init__(self):
         super().__init__()
@@ -433,34 +490,44 @@ class RewardModel(torch.nn.Module):
 
     @torch.no_grad()
     def encode_texts(self, texts):
-        """
-        List of B strings -> (B, D) float32 of unit norm. Every text is encoded once in a run, and alone: in a batch its
-        last bits would depend on the others, which after resuming are others.
-        """
+        """List of B strings -> (B, D) float32 of unit norm. Every text is encoded once in a run, and alone: in a batch
+        its last bits would depend on the others, which after resuming are others."""
         for text in dict.fromkeys(texts):
             if text not in self.text_cache:
                 self.text_cache[text] = F.normalize(self.text_features([text]).float(), dim=-1)[0]
         return torch.stack([self.text_cache[text] for text in texts])
 
-    def reward(self, image_features, text_features):
-        """Features of shape (B, D) each -> (B,): the reward of each image for its text."""
-        return self.scale * (image_features * text_features).sum(-1)
+    def rewards(self, pixels, texts):
+        """Images (B, 3, H, W) in [0, 1] and N lists of B strings -> (N, B): the rewards of the images for each list."""
+        features = self.encode_images(pixels)
+        return self.scale * torch.stack([(features * self.encode_texts(each)).sum(-1) for each in texts])
 
-    def score(self, pixels, captions):
-        """The plain reward of each image for its caption: (B,) float32."""
-        return self.reward(self.encode_images(pixels), self.encode_texts(captions))
+    def forward(self, pixels, captions):
+        """Images (B, 3, H, W) in [0, 1] and a list of B strings -> (B,): the reward of each image for its caption."""
+        return self.rewards(pixels, [captions])[0]
+
+    def compare(self, pixels, positive, negative, discount):
+        """The score of [`srp_score`] of images (B, 3, H, W) in [0, 1] for two lists of B strings and a discount (B,).
+        Returns it, (B,) with a gradient, and the rewards for both lists, (B,) each, without."""
+        features, positive, negative = (
+            self.encode_images(pixels),
+            self.encode_texts(positive),
+            self.encode_texts(negative),
+        )
+        rewards = [self.scale * (features.detach() * texts).sum(-1) for texts in (positive, negative)]
+        return self.scale * srp_score(features, positive, negative, discount), *rewards
 
 
 class HPSReward(RewardModel):
-    """
-    HPSv2.1 (https://arxiv.org/abs/2306.09341): an open_clip model of the given `architecture` with fine-tuned weights,
-    which the file `path` holds under `state_dict`. The score is the cosine.
-    """
+    """HPSv2.1 (https://arxiv.org/abs/2306.09341): an open_clip model of the given `architecture` with fine-tuned
+    weights, which the file `path` holds under `state_dict`. The reward is the cosine."""
 
     keep_borders = True
     scale = 1.0
 
     def __init__(self, path, device="cpu", dtype=torch.float32, architecture=HPS_ARCHITECTURE):
+        import open_clip
+
         super().__init__()
         self.model = self.empty_model(architecture)
         self.model.load_state_dict(self.read_weights(path), assign=True)
@@ -470,7 +537,9 @@ class HPSReward(RewardModel):
         self.freeze(device, dtype)
 
     @staticmethod
-    def empty_model(architecture):
+    def empty_model(architecture=HPS_ARCHITECTURE):
+        import open_clip
+
         with torch.device("meta"):
             model = open_clip.CLIP(**open_clip.get_model_config(architecture))
         length = model.context_length  # the causal mask is the one buffer that no checkpoint holds
@@ -489,14 +558,14 @@ class HPSReward(RewardModel):
 
 
 class CLIPReward(RewardModel):
-    """
-    PickScore (https://arxiv.org/abs/2305.01569) or any other CLIPModel. The score is the scaled cosine divided by 20,
-    which is the range of HPS (`CLIP` in fastvideo/SRPO.py). Paths are folders or Hub ids.
-    """
+    """PickScore (https://arxiv.org/abs/2305.01569) or any other CLIPModel. The reward is the scaled cosine divided by
+    20, which is the range of HPS (`CLIP` in fastvideo/SRPO.py). Paths are folders or Hub ids."""
 
     keep_borders = False
 
     def __init__(self, path, processor_path, device="cpu", dtype=torch.float32):
+        from transformers import CLIPModel, CLIPProcessor
+
         super().__init__()
         self.model = CLIPModel.from_pretrained(path, dtype=torch.float32)
         processor = CLIPProcessor.from_pretrained(processor_path)
@@ -515,75 +584,146 @@ class CLIPReward(RewardModel):
         return self.model.get_text_features(**tokens.to(self.model.device)).pooler_output
 
 
-def load_reward_model(args, device, dtype):
-    """The [`RewardModel`] that `--reward_model` and `--reward_model_path` name, frozen, on `device`."""
-    if args.reward_model == "HPS":
-        return HPSReward(args.reward_model_path, device, dtype)
-    return CLIPReward(args.reward_model_path, args.reward_processor_path, device, dtype)
+# ---- 7. An update: rollouts, the graded pass, the step of the optimizer. --------------------------------------------
+class Models(NamedTuple):
+    """What does the work. Only the transformer is trained."""
+
+    transformer: torch.nn.Module
+    vae: torch.nn.Module | None = None
+    reward: RewardModel | None = None
+    solver: Solver | None = None
+    negative_prompt_embeds: torch.Tensor | None = None  # (1, L, D)
+    token_patch: tuple[int, int, int] | None = None  # see [`transformer_velocity`]
+    base: torch.nn.Module | None = None  # a frozen copy of the transformer; a LoRA needs none
+
+    def velocity(self, latents, sigma, prompt_embeds):
+        """See [`transformer_velocity`]."""
+        return transformer_velocity(self.transformer, latents, sigma, prompt_embeds, self.token_patch)
+
+    @torch.no_grad()
+    def base_velocity(self, latents, sigma, prompt_embeds):
+        """The velocity of the untrained expert: of the frozen copy, or of the same weights with the LoRA off."""
+        if self.base is not None:
+            return transformer_velocity(self.base, latents, sigma, prompt_embeds, self.token_patch)
+        with lora_off(self.transformer):
+            return self.velocity(latents, sigma, prompt_embeds)
 
 
-# ---- One rollout's contribution to an update. -----------------------------------------------------------------------
-def graded_pass(velocity_fn, vae, reward_model, x0, noise, prompt_embeds, captions, words, branches, args, weight=1.0):
-    """
-    Takes the graded step of every [`Branch`] of `branches` as one batch, decodes and scores it. `velocity_fn` is that
-    of [`rollout`], `x0` are rolled-out latents and `noise` what they came from, (B, C, 1, H, W); `prompt_embeds` are
-    (B, L, D) of the plain captions. Only the reward model sees the B `captions` with a control word in front, the
-    positive or the negative one of `words`. `weight` is a factor of the loss, see `--loss_weight_shift`.
+def make_rollouts(models, batches, recipe, shape, group, batch_size):
+    """A [`Rollout`] for each of `batches`, pairs of the numbers of B samples and what [`collate_fn`] made of them,
+    with latents of (C, T, H, W) `shape`, painted without gradient, `batch_size` at once. `group` counts the rollouts
+    of the run. Several updates may use one: SRPO wants known images, which need not be of the newest weights."""
+    rollouts, device = [], models.negative_prompt_embeds.device
+    for samples, batch in batches:
+        tensors = batch["prompt_embeds"], *draw_starts(recipe, shape, group, samples, batch)
+        prompt_embeds, latents, noise = (tensor.to(device, non_blocking=True) for tensor in tensors)
+        rollouts.append(Rollout(batch["captions"], prompt_embeds, samples, noise, x0=latents))
+    latents = torch.cat([rollout.x0 for rollout in rollouts]).split(batch_size)
+    prompt_embeds = torch.cat([rollout.prompt_embeds for rollout in rollouts]).split(batch_size)
+    x0 = torch.cat([paint_latents(models, *part) for part in zip(latents, prompt_embeds, strict=True)])
+    x0 = x0.split([len(rollout.samples) for rollout in rollouts])
+    return [rollout._replace(x0=part) for rollout, part in zip(rollouts, x0, strict=True)]
 
-    Returns the loss, `torch.Tensor` of shape (), and metrics, a dict of detached tensors of shape ().
-    """
-    batch, repeats = len(x0), len(branches)
-    _, *values = zip(*branches, strict=True)  # from the host without waiting for the GPU
-    values = torch.tensor(values).to(x0.device, non_blocking=True)
-    sigma_from, sigma_to, discount = values.repeat_interleave(batch, dim=1)
-    embeds = prompt_embeds.repeat(repeats, 1, 1)
-    x0, noise = (latents.repeat(repeats, 1, 1, 1, 1) for latents in (x0, noise))
-    x0_hat = direct_align_step(lambda x, sigma: velocity_fn(x, sigma, embeds), x0, noise, sigma_from, sigma_to)
 
-    pixels, saturated = decode_latents(vae, x0_hat)
-    features = reward_model.encode_images(pixels)
-    positive, negative = (reward_model.encode_texts([f"{word}. {caption}" for caption in captions]) for word in words)
-    # The gradient of the inversion branch has the opposite sign, so its captions are swapped.
-    swaps = [branch.name == "inversion" for branch in branches]
-    score = reward_model.scale * srp_score(
-        features,
-        torch.cat([negative if swap else positive for swap in swaps]),
-        torch.cat([positive if swap else negative for swap in swaps]),
-        discount,
+def renew_noise(rollout, recipe, group, reuse):
+    """The same [`Rollout`] with other noise to inject, in update number `reuse` on it."""
+    noise = draw_noise(recipe, rollout.x0.shape[1:], group, rollout.samples, reuse)
+    return rollout._replace(noise=noise.to(rollout.x0.device, non_blocking=True))
+
+
+def graded_pass(models, rollout, plan, recipe):
+    """Takes the graded step of all branches of a [`Plan`] from the x0 of a [`Rollout`] as one batch, decodes and
+    scores it. Returns the loss, `torch.Tensor` of shape (), and metrics, a dict of detached tensors of shape ()."""
+    branches = plan.branches
+    x0, noise, prompt_embeds = (
+        tensor.repeat(len(branches), *[1] * (tensor.ndim - 1))
+        for tensor in (rollout.x0, rollout.noise, rollout.prompt_embeds)
     )
-    loss = weight * (srpo_loss(score, args.reward_margin) if args.loss == "hinge" else -score.mean())
+    rows = [torch.stack([b.sigma_from, b.sigma_to, b.discount, plan.weight]) for b in branches]
+    rows = torch.cat(rows, dim=1).to(x0.device, non_blocking=True)  # at once, without waiting for the GPU
+    sigma_from, sigma_to, discount, weight = rows
+    drift = torch.zeros((), device=x0.device)
 
-    features, score = features.detach(), score.detach().chunk(repeats)
-    metrics = {
-        "loss": loss.detach(),
-        "score": torch.cat(score).mean(),
-        **{f"score_{branch.name}": score[index].mean() for index, branch in enumerate(branches)},
-        "reward_positive": reward_model.reward(features, positive.repeat(repeats, 1)).mean(),
-        "reward_negative": reward_model.reward(features, negative.repeat(repeats, 1)).mean(),
-        "saturated": saturated,
-    }
+    def velocity(x, sigma):
+        nonlocal drift
+        base = models.base_velocity(x, sigma, prompt_embeds) if recipe.drift_weight else None
+        predicted = models.velocity(x, sigma, prompt_embeds)
+        if base is not None:
+            drift = (predicted - base).square().mean()
+        return predicted
+
+    x0_hat = direct_align_step(velocity, x0, noise, sigma_from, sigma_to)
+    pixels, saturated = decode_latents(models.vae, x0_hat)
+    positive = put_word_before(plan.positive_word, rollout.captions)
+    negative = put_word_before(plan.negative_word, rollout.captions)
+    towards = [text for branch in branches for text in (negative if branch.swap else positive)]
+    away = [text for branch in branches for text in (positive if branch.swap else negative)]
+    score, *rewards = models.reward.compare(pixels, towards, away, discount)
+    loss = srpo_loss(score, recipe.reward_margin if recipe.loss == "hinge" else None, weight)
+    loss = loss + recipe.drift_weight * drift if recipe.drift_weight else loss
+
+    metrics = {"loss": loss.detach(), "score": score.detach().mean(), "saturated": saturated}
+    metrics |= {"sigma": sigma_to[: len(rollout.x0)].mean()} | (
+        {"drift": drift.detach()} if recipe.drift_weight else {}
+    )
+    positive, negative = [], []
+    parts = (values.detach().chunk(len(branches)) for values in (score, *rewards))
+    for branch, score, reward_towards, reward_away in zip(branches, *parts, strict=True):
+        metrics[f"score_{branch.name}"] = score.mean()
+        positive.append(reward_away if branch.swap else reward_towards)
+        negative.append(reward_towards if branch.swap else reward_away)
+    metrics |= {"reward_positive": torch.cat(positive).mean(), "reward_negative": torch.cat(negative).mean()}
     return loss, metrics
 
 
-# ---- What is trained: all weights, or a LoRA beside them. -----------------------------------------------------------
-def add_lora(transformer, args):
-    """Freezes the transformer and adds a trainable LoRA to `--lora_target_modules`, which changes nothing yet."""
-    transformer.requires_grad_(False)
-    options = {"lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout, "init_lora_weights": "gaussian"}
-    transformer.add_adapter(LoraConfig(r=args.lora_rank, target_modules=args.lora_target_modules, **options))
+def update(accelerator, models, optimizer, rollouts, recipe, step):
+    """Takes update number `step` of the run on the rollouts of this process. Returns {name: tensor of shape ()}: the
+    means of what [`graded_pass`] measures over these rollouts, and `grad_norm`, before clipping."""
+    transformer, measured = models.transformer, []
+    torch.manual_seed(make_generator(recipe.seed, GLOBAL, step, accelerator.process_index).initial_seed())
+    transformer.train()  # the dropout of a LoRA belongs to the graded step alone
+    for rollout in rollouts:
+        with accelerator.accumulate(transformer):
+            plan = plan_update(recipe, step, rollout.samples)
+            loss, metrics = graded_pass(models, rollout, plan, recipe)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                grad_norm = accelerator.clip_grad_norm_(transformer.parameters(), recipe.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            measured.append(metrics)
+    transformer.eval()
+    means = {name: torch.stack([metrics[name] for metrics in measured]).mean() for name in metrics}
+    return {**means, "grad_norm": torch.as_tensor(grad_norm, dtype=torch.float32, device=loss.device)}
 
 
-def partition_weights(accelerator, transformer, dtype):
-    """Under ZeRO-3, splits the weights among processes one by one. DeepSpeed would first move all to every GPU."""
-    config = accelerator.state.deepspeed_plugin.deepspeed_config
-    if config["zero_optimization"]["stage"] == 3:
-        import deepspeed
+# ---- 8. What is trained: all weights, or a LoRA beside them. --------------------------------------------------------
+def choose_dtypes(mixed_precision, optimizer, lora_rank, deepspeed):
+    """The type of frozen and of saved weights, and the type that the transformer is loaded in. AdamW under autocast
+    needs the weights themselves in float32. DeepSpeed keeps float32 master weights of its own, adamw_8bit rounds
+    stochastically, and the base of a LoRA is not trained."""
+    weight_dtype = torch.bfloat16 if mixed_precision == "bf16" else torch.float32
+    full = not deepspeed and optimizer == "adamw" and lora_rank is None
+    return weight_dtype, torch.float32 if full else weight_dtype
 
-        for parameter in transformer.parameters():
-            parameter.data = parameter.data.to(dtype)
-        names = ("bf16", "zero_optimization", "train_micro_batch_size_per_gpu")
-        needed = {name: config[name] for name in names if name in config}
-        deepspeed.zero.Init(module=transformer, dtype=dtype, config_dict_or_path=needed)
+
+def deepspeed_config(accelerator):
+    """The configuration of DeepSpeed as a dict, or `None` without DeepSpeed."""
+    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    return accelerator.state.deepspeed_plugin.deepspeed_config if deepspeed else None
+
+
+@contextmanager
+def lora_off(transformer):
+    """Within it, a transformer computes as if it had no LoRA."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [layer for layer in transformer.modules() if isinstance(layer, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    yield
+    for layer in layers:
+        layer.enable_adapters(True)
 
 
 def lora_metadata(transformer):
@@ -592,24 +732,46 @@ def lora_metadata(transformer):
     return config and {name: sorted(v) if isinstance(v, set) else v for name, v in config.to_dict().items()}
 
 
-def make_optimizer(args, parameters):
-    """AdamW over the trainable ones of `parameters`. DeepSpeed replaces it by its own if that runs on the CPU."""
-    parameters = [parameter for parameter in parameters if parameter.requires_grad]
-    optimizer = partial(torch.optim.AdamW, fused=True)  # one kernel for all weights
-    if args.optimizer == "adamw_8bit":
-        from torchao.optim import AdamW8bit  # optional
-
-        # An update of 5e-6 is less than half a bf16 unit of most weights: rounded to the nearest, it would be lost.
-        optimizer = partial(AdamW8bit, bf16_stochastic_round=True)
-    betas = (args.adam_beta1, args.adam_beta2)
-    return optimizer(parameters, args.learning_rate, betas, args.adam_epsilon, args.adam_weight_decay)
+def keep_rotary_tables(transformer, device):
+    """Moves the rotary tables to `device` and takes them out of the buffers: DeepSpeed casts all of a module to
+    bfloat16, and three digits of a cosine are too few for a position."""
+    for name, table in list(transformer.rope.named_buffers()):
+        delattr(transformer.rope, name)
+        setattr(transformer.rope, name, table.to(device))
 
 
-def forget_powers(optimizer):
-    """
-    DeepSpeed's AdamW for the CPU multiplies up the powers of its betas, but computes them after loading a checkpoint;
-    the last bit differs. Made anew before each step, it always computes them.
-    """
+def partition_weights(transformer, config):
+    """Under ZeRO-3, splits the weights among processes one by one; DeepSpeed would first move all to every GPU.
+    Returns whether it did. `config` is that of DeepSpeed, or `None`."""
+    if config is None or config["zero_optimization"]["stage"] != 3:
+        return False
+    import deepspeed
+
+    for parameter in transformer.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    names = ("bf16", "zero_optimization", "train_micro_batch_size_per_gpu")
+    needed = {name: config[name] for name in names if name in config}
+    deepspeed.zero.Init(module=transformer, dtype=torch.bfloat16, config_dict_or_path=needed)
+    return True
+
+
+def prepare_base(accelerator, base):
+    """Makes a frozen copy of the transformer compute as the prepared one does: in the same precision, and under ZeRO-3
+    with its weights split among processes. `Accelerator.prepare` fills in the configuration first."""
+    config = deepspeed_config(accelerator)
+    if config is None:
+        base.to(accelerator.device).forward = accelerator.autocast()(base.forward)
+        return base
+    if not partition_weights(base, config):
+        return base.bfloat16().to(accelerator.device)
+    import deepspeed
+
+    return deepspeed.initialize(model=base, config=config)[0].eval()
+
+
+def recompute_bias_correction(optimizer):
+    """DeepSpeed's AdamW for the CPU multiplies the powers of its betas up from step to step, but computes them after
+    loading a checkpoint, which differs in the last bit. Made anew before each step, it always computes them."""
 
     def make_anew(adam, _args, _kwargs):  # with no betas, which like the rate come with each step
         adam.ds_opt_adam.create_adam(adam.opt_id, 0.0, 0.0, 0.0, 0.0, 0.0, adam.adam_w_mode, False)
@@ -619,12 +781,11 @@ def forget_powers(optimizer):
 
 
 def gather_weights(accelerator, transformer, dtype):
-    """
-    The trained weights on the CPU, {name: `torch.Tensor` of `dtype`}, on the main process; all others get none, but
-    call it too. Under ZeRO-3 they are put together one by one, so that no GPU needs room for the whole model.
-    """
+    """The trained weights on the CPU, {name: `torch.Tensor` of `dtype`}, on the main process, and {} on the others,
+    which must call it too. Under ZeRO-3 they are put together one by one, so that no GPU needs room for the whole
+    model."""
     weights, whole = {}, nullcontext
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+    if deepspeed_config(accelerator) is not None:
         import deepspeed
 
         whole = deepspeed.zero.GatheredParameters
@@ -636,79 +797,99 @@ def gather_weights(accelerator, transformer, dtype):
     return weights
 
 
-# ---- Validation: fixed prompts, fixed noise, diffusers' own pipeline. -----------------------------------------------
-class ValidationSet(NamedTuple):
+# ---- 9. Validation: fixed prompts, fixed noise, diffusers' own pipeline. --------------------------------------------
+@dataclass
+class RunState:
+    """Where a run stands."""
+
+    step: int = 0  # updates that are done
+    history: list = field(default_factory=list)  # a dict for each update and each validation
+    stopped_by: int = 0  # the signal that ended the run early
+
+
+class Validation(NamedTuple):
+    """What to paint, and how: with diffusers' own pipeline, and as the flags of the same names say."""
+
     captions: list[str]
     prompt_embeds: torch.Tensor  # (N, L, D)
     negative_prompt_embeds: torch.Tensor  # (1, L, D)
+    pipeline: object
+    reward: RewardModel
+    folder: Path  # where the images go
+    seed: int
+    train_batch_size: int
+    num_inference_steps: int
+    validation_guidance_scale: float
+    validation_size: int
+    positive_words: tuple[str, ...]
+    negative_words: tuple[str, ...]
 
 
 @torch.no_grad()
-def paint_validation(accelerator, pipeline, reward_model, validation, args):
-    """
-    Paints this process's share of the validation prompts and scores the images: a list of (number of the prompt,
+def paint_validation(accelerator, validation):
+    """Paints this process's share of the validation prompts and scores the images: a list of (number of the prompt,
     pixels of shape (H, W, 3) uint8, reward, relative reward). The first reward is for the plain caption, the second
-    for that with the positive control words minus that with the negative ones.
-    """
-    count, processes = len(validation.captions), accelerator.num_processes
+    for that with the positive control words minus that with the negative ones."""
+    count, processes, pipeline = len(validation.captions), accelerator.num_processes, validation.pipeline
     # Under ZeRO-3 all processes call the transformer equally often, so the shares are filled up with repeats.
     mine = [index % count for index in range(accelerator.process_index, -(-count // processes) * processes, processes)]
-    size, factor = args.validation_size, pipeline.vae_scale_factor_spatial
-    shape = (pipeline.transformer.config.in_channels, 1, size // factor, size // factor)
+    side = validation.validation_size // pipeline.vae_scale_factor_spatial
+    shape = (pipeline.transformer.config.in_channels, 1, side, side)
     painted = []
-    for start in range(0, len(mine), args.train_batch_size):
-        indices = mine[start : start + args.train_batch_size]
-        noise = [torch.randn(shape, generator=make_generator(args.seed, VALIDATION, index)) for index in indices]
-        texts = validation.prompt_embeds[indices], validation.negative_prompt_embeds.repeat(len(indices), 1, 1)
-        inputs = (tensor.to(accelerator.device) for tensor in (*texts, torch.stack(noise)))
-        inputs = dict(zip(("prompt_embeds", "negative_prompt_embeds", "latents"), inputs, strict=True))
-        inputs |= {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.validation_guidance_scale}
-        images = pipeline(**inputs, height=size, width=size, num_frames=1, output_type="pt").frames[:, 0]
+    for start in range(0, len(mine), validation.train_batch_size):
+        indices = mine[start : start + validation.train_batch_size]
+        noise = [torch.randn(shape, generator=make_generator(validation.seed, VALIDATION, index)) for index in indices]
+        images = pipeline(
+            prompt_embeds=validation.prompt_embeds[indices].to(accelerator.device),
+            negative_prompt_embeds=validation.negative_prompt_embeds.repeat(len(indices), 1, 1).to(accelerator.device),
+            latents=torch.stack(noise).to(accelerator.device),
+            num_inference_steps=validation.num_inference_steps,
+            guidance_scale=validation.validation_guidance_scale,
+            **{"height": validation.validation_size, "width": validation.validation_size},
+            **{"num_frames": 1, "output_type": "pt"},
+        ).frames[:, 0]
         captions = [validation.captions[index] for index in indices]
-        features = reward_model.encode_images(images.float())
-        positive, negative = (
-            torch.stack([reward_model.encode_texts([f"{word}. {caption}" for caption in captions]) for word in words])
-            for words in (args.positive_words, args.negative_words)
-        )
-        rewards = reward_model.reward(features, reward_model.encode_texts(captions))
-        relative = reward_model.scale * srp_score(features, positive.mean(0), negative.mean(0), discount=0.0)
+        texts = [put_word_before(word, captions) for word in (*validation.positive_words, *validation.negative_words)]
+        rewards, with_words = validation.reward.rewards(images.float(), [captions, *texts]).split([1, len(texts)])
+        positive, negative = with_words.tensor_split([len(validation.positive_words)])
+        relative = positive.mean(0) - negative.mean(0)
         pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        painted += zip(indices, pixels, rewards.tolist(), relative.tolist(), strict=True)
+        painted += zip(indices, pixels, rewards[0].tolist(), relative.tolist(), strict=True)
     return painted
 
 
-def log_validation(accelerator, pipeline, reward_model, validation, args, step):
-    """
-    Paints and scores all validation prompts; images and scores go to the trackers and to `images/step-N/`. Returns the
-    means over the images on every process, {"validation_reward": `float`, "validation_relative": `float`}.
-    """
-    logger.info(f"Running validation at step {step}: {len(validation.captions)} images.")
-    painted = gather_object(paint_validation(accelerator, pipeline, reward_model, validation, args))
-    results = {index: result for index, *result in painted}  # repeats fall away
-    images, rewards, relative = zip(*(results[index] for index in sorted(results)), strict=True)
+def validate(accelerator, validation, state):
+    """Paints and scores all validation prompts; images and scores go to the trackers and to `images/step-N/`, and the
+    means over the images, `validation_reward` and `validation_relative`, to the history of the run."""
+    captions = validation.captions
+    logger.info(f"Running validation at step {state.step}: {len(captions)} images.")
+    painted = {index: result for index, *result in gather_object(paint_validation(accelerator, validation))}
+    scores, images, folder = [], [], validation.folder / f"step-{state.step}"
+    for index, caption in enumerate(captions):
+        pixels, reward, relative = painted[index]
+        slug = re.sub(r"\W+", "-", caption.lower()).strip("-")[:48]
+        scores.append({"caption": caption, "image": f"{index:03d}-{slug}.png", "reward": reward, "relative": relative})
+        images.append(pixels)
     if accelerator.is_main_process:
-        folder = Path(args.output_dir, "images", f"step-{step}")
         folder.mkdir(parents=True, exist_ok=True)
-        slugs = [re.sub(r"\W+", "-", caption.lower()).strip("-")[:48] for caption in validation.captions]
-        names = [f"{index:03d}-{slug}.png" for index, slug in enumerate(slugs)]
-        for name, image in zip(names, images, strict=True):
-            Image.fromarray(image).save(folder / name)
-        rows = zip(validation.captions, names, rewards, relative, strict=True)
-        scores = [dict(zip(("caption", "image", "reward", "relative"), row, strict=True)) for row in rows]
+        for row, pixels in zip(scores, images, strict=True):
+            Image.fromarray(pixels).save(folder / row["image"])
         (folder / "scores.json").write_text(json.dumps(scores, indent=1))
         for tracker in accelerator.trackers:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             if hasattr(tracker, "log_images"):
-                tracker.log_images({"validation": np.stack(images)}, step=step, **layout)
+                tracker.log_images({"validation": np.stack(images)}, step=state.step, **layout)
     accelerator.wait_for_everyone()
-    logs = {"validation_reward": np.mean(rewards).item(), "validation_relative": np.mean(relative).item()}
-    accelerator.log(logs, step=step)
-    return logs
+    means = {f"validation_{name}": np.mean([row[name] for row in scores]).item() for name in ("reward", "relative")}
+    accelerator.log(means, step=state.step)
+    state.history.append({"step": state.step, **means})
 
 
-def save_before_after(output_dir, steps, columns=8):
-    """`before_after.png`: the first validation images of two steps, one above the other, with their rewards."""
-    folders = [Path(output_dir, "images", f"step-{step}") for step in steps]
+def save_before_after(folder, steps, output, columns=8):
+    """Draws the first validation images of two steps, one above the other, with their rewards, as a PNG."""
+    from matplotlib.figure import Figure
+
+    folders = [folder / f"step-{step}" for step in steps]
     scores = [json.loads((folder / "scores.json").read_text())[:columns] for folder in folders]
     figure = Figure(figsize=(2.4 * len(scores[0]), 5.8), layout="tight")
     axes = figure.subplots(2, len(scores[0]), squeeze=False)
@@ -721,11 +902,13 @@ def save_before_after(output_dir, steps, columns=8):
                 title = "\n".join(re.findall(r".{1,26}(?:\s|$)", image["caption"])[:3])
                 axis.set_title(title, fontsize=8, parse_math=False)
         row[0].set_ylabel(f"step {step}")
-    figure.savefig(Path(output_dir, "before_after.png"), dpi=120)
+    figure.savefig(output, dpi=120)
 
 
-def save_reward_curve(output_dir, history):
-    """`reward.png`: rewards and scores of the training samples by step, and the reward of the validation images."""
+def save_reward_curve(history, output):
+    """Draws rewards and scores of the training samples and of the validation images by update, as a PNG."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(11, 4), layout="tight")
     curves = {
         "Reward": {"reward_positive": "-", "reward_negative": "-", "validation_reward": "ko-"},
@@ -738,10 +921,22 @@ def save_reward_curve(output_dir, history):
         axis.set(title=title, xlabel="update")
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.savefig(Path(output_dir, "reward.png"), dpi=120)
+    figure.savefig(output, dpi=120)
 
 
-# ---- What a run leaves behind: checkpoints, the model, its card. ----------------------------------------------------
+# ---- 10. What a run leaves behind: checkpoints, the model, its card. ------------------------------------------------
+class Run(NamedTuple):
+    """What a run is, and where its results go."""
+
+    output_dir: Path
+    flags: dict  # all of them, as the model card lists them
+    expert: str  # the subfolder of the transformer
+    two_experts: bool
+    dtype: torch.dtype  # of the saved weights
+    identity: dict  # what a checkpoint and the run that continues it must share
+    repo_id: str  # on the Hub
+
+
 def list_checkpoints(output_dir):
     """The complete checkpoints in a folder, in the order in which they were written."""
     states = sorted(Path(output_dir).glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime_ns)
@@ -753,126 +948,85 @@ def discard(folder):
     shutil.rmtree(folder.rename(f"{folder}.discarded.unfinished"))
 
 
-def describe_run(accelerator, args):
-    """What a checkpoint and the run that continues it must share. Other flags may change."""
-    engine, batch = "without DeepSpeed", ("train_batch_size", "gradient_accumulation_steps", "updates_per_rollout")
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        config = accelerator.state.deepspeed_plugin.deepspeed_config
-        zero, masters = config["zero_optimization"], "bf16_master_weights_and_grads"
-        options = [name for name in ("offload_param", "offload_optimizer") if name in zero]
-        options += [masters] if config.get("bf16", {}).get(masters) else []
-        engine = ", ".join([f"ZeRO-{zero['stage']}", *options])
-    return {
-        "engine": engine,
-        "mixed_precision": accelerator.mixed_precision,
-        "num_processes": accelerator.num_processes,
-        **{name: getattr(args, name) for name in ("transformer_subfolder", "optimizer", *batch)},
-        "base model, by a hash of its weights": weights_fingerprint(args, args.transformer_subfolder, *BASE_LAYER),
-        "LoRA rank, alpha and modules": [args.lora_rank, args.lora_alpha, args.lora_target_modules],
-        "learning rate and schedule": [args.learning_rate, args.lr_scheduler, args.lr_warmup_steps],
-        "betas, epsilon and decay": [args.adam_beta1, args.adam_beta2, args.adam_epsilon, args.adam_weight_decay],
-    }
-
-
-def leave_out_frozen(_models, weights, _output_dir):
+def keep_lora_only(_models, weights, _output_dir):
     """A hook of `Accelerator.save_state`: of the state dicts, of which DeepSpeed has none, it keeps only the LoRA."""
     weights[:] = [{name: tensor for name, tensor in each.items() if "lora_" in name} for each in weights]
 
 
-def save_checkpoint(accelerator, args, transformer, dtype, run, step, history):
-    """
-    Writes `checkpoint-N`: the training state, and in `trainer_state.json` the curves and what export_checkpoint.py
-    needs. It is written beside and renamed when complete; only then are checkpoints above the limit removed.
-    """
-    folder = Path(args.output_dir, f"checkpoint-{step}")
+def save_checkpoint(accelerator, transformer, run, state):
+    """Writes `checkpoint-N`: the training state, and in `trainer_state.json` the curves and what export_checkpoint.py
+    needs. It is written beside and renamed when complete; only then are checkpoints above the limit removed."""
+    folder = run.output_dir / f"checkpoint-{state.step}"
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     if accelerator.is_main_process:
-        for leftover in Path(args.output_dir).glob("checkpoint-*.unfinished"):
+        for leftover in run.output_dir.glob("checkpoint-*.unfinished"):
             shutil.rmtree(leftover)
     accelerator.wait_for_everyone()
-    # Frozen weights are those of the base model: without DeepSpeed, `leave_out_frozen` leaves them out.
-    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-    accelerator.save_state(str(unfinished), **({"exclude_frozen_parameters": True} if deepspeed else {}))
+    # Frozen weights are those of the base model: without DeepSpeed, `keep_lora_only` leaves them out.
+    options = {} if deepspeed_config(accelerator) is None else {"exclude_frozen_parameters": True}
+    accelerator.save_state(str(unfinished), **options)
     os.sync()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        transformer = accelerator.unwrap_model(transformer)
-        state = {"global_step": step, "history": history, "run": run, "expert": args.transformer_subfolder}
-        state |= {"config": dict(transformer.config), "lora": lora_metadata(transformer)}
-        state["dtype"] = str(dtype).removeprefix("torch.")
-        (unfinished / "trainer_state.json").write_text(json.dumps(state))
+        bare = accelerator.unwrap_model(transformer)
+        content = {"global_step": state.step, "history": state.history, "run": run.identity, "expert": run.expert}
+        content |= {"config": dict(bare.config), "lora": lora_metadata(bare), "dtype": str(run.dtype).split(".")[1]}
+        (unfinished / "trainer_state.json").write_text(json.dumps(content))
         if folder.exists():
             discard(folder)
         unfinished.rename(folder)
-        if args.checkpoints_total_limit is not None:
-            for old in list_checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
+        if limit := run.flags["checkpoints_total_limit"]:
+            for old in list_checkpoints(run.output_dir)[:-limit]:
                 discard(old)
         logger.info(f"Saved state to {folder}")
     accelerator.wait_for_everyone()
 
 
-def find_checkpoint(args, run):
-    """
-    The checkpoint that `--resume_from_checkpoint` names, or `None`, and what its `trainer_state.json` says.
-    `ValueError` if `run`, from [`describe_run`], cannot go on with it.
-    """
-    folder = args.resume_from_checkpoint
+def find_checkpoint(run, resume_from, max_train_steps):
+    """The checkpoint that `--resume_from_checkpoint` names, or `None`, and the [`RunState`] that it holds.
+    `ValueError` if the run cannot go on with it."""
+    folder = resume_from
     if folder == "latest":
-        folder = (list_checkpoints(args.output_dir) or [None])[-1]
+        folder = (list_checkpoints(run.output_dir) or [None])[-1]
     if folder is None:
-        return None, {"global_step": 0, "history": []}
+        return None, RunState()
     file = Path(folder, "trainer_state.json")
-    with blame(f"`{file}` is damaged or of another version of this script; resume from another checkpoint"):
-        state = json.loads(file.read_text())
-        state = {name: state[name] for name in ("global_step", "history", "run")}
-        compared = {name: (state["run"][name], value) for name, value in run.items()}
-    for name, (found, value) in compared.items():
-        if found != value:
-            problem = f"{folder} was made with another {name}: {found}. It cannot go on with {value}."
+    with input_error(f"`{file}` is damaged or of another version of this script; resume from another checkpoint"):
+        content = json.loads(file.read_text())
+        state = RunState(content["global_step"], content["history"])
+        found = {name: content["run"][name] for name in run.identity}
+    for name, value in run.identity.items():
+        if found[name] != value:
+            problem = f"{folder} was made with another {name}: {found[name]}. It cannot go on with {value}."
             raise ValueError(f"{problem} Use the same, or start a new run.")
-    if state["global_step"] > args.max_train_steps:
-        raise ValueError(f"{folder} is beyond `--max_train_steps {args.max_train_steps}`.")
+    if state.step > max_train_steps:
+        raise ValueError(f"{folder} is beyond `--max_train_steps {max_train_steps}`.")
     return folder, state
 
 
-def handle_stop_signals(handler, _worker=None):
-    """Sets what this process, the run or one that loads data for it, does when it gets SIGTERM or SIGINT."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, handler)
-
-
 def save_weights(weights, output_dir, expert, config, lora):
-    """
-    Writes trained weights, {name in the transformer: `torch.Tensor`}, as diffusers reads them, and returns the path: a
-    file for a LoRA with the metadata `lora`, otherwise the folder `expert` with the `config` of the transformer.
-    """
+    """Writes trained weights, {name in the transformer: `torch.Tensor`}, as diffusers reads them, and returns the
+    path: a file for a LoRA with the metadata `lora`, otherwise the folder `expert` with the `config` of the
+    transformer."""
+    from diffusers import WanPipeline, WanTransformer3DModel
+
     if lora is not None:
         layers = {name.replace(".default.", "."): weight for name, weight in weights.items()}
         WanPipeline.save_lora_weights(output_dir, layers, transformer_lora_adapter_metadata=lora)
-        return Path(output_dir, LORA_WEIGHT_NAME_SAFE)
+        return Path(output_dir, LORA_FILE)
     folder = Path(output_dir, expert)
     with torch.device("meta"):
         WanTransformer3DModel.from_config(config).save_config(folder)
-    suffix = SAFETENSORS_WEIGHTS_NAME.replace(".safetensors", "{suffix}.safetensors")
-    huggingface_hub.save_torch_state_dict(weights, folder, filename_pattern=suffix, max_shard_size="10GB")
+    pattern = f"{DIFFUSERS_STEM}{{suffix}}.safetensors"
+    huggingface_hub.save_torch_state_dict(weights, folder, filename_pattern=pattern, max_shard_size="10GB")
     return folder
-
-
-def save_merged(args, dtype):
-    """Writes the base model as it is on the disk, with the LoRA of `output_dir` merged into it."""
-    source = {**model_source(args), "subfolder": args.transformer_subfolder}
-    transformer = WanTransformer3DModel.from_pretrained(**source, variant=args.variant, dtype=dtype)
-    transformer.load_lora_adapter(args.output_dir, weight_name=LORA_WEIGHT_NAME_SAFE, use_safetensors=True)
-    transformer.fuse_lora()
-    transformer.unload_lora()
-    transformer.save_pretrained(Path(args.output_dir, args.transformer_subfolder), max_shard_size="10GB")
 
 
 MODEL_CARD = """
 # SRPO fine-tuning of {base}
 
 {what} of [{base}](https://huggingface.co/{base}), fine-tuned for text-to-image with SRPO on the reward of
-{args.reward_model}: {updates} updates{rewards}.
+{flags[reward_model]}: {updates} updates{rewards}.
 
 {images}
 ![Reward curve](reward.png)
@@ -886,9 +1040,9 @@ from diffusers import WanPipeline, WanTransformer3DModel
 {load_expert}
 pipe = WanPipeline.from_pretrained("{base}", {experts}, dtype=torch.bfloat16).to("cuda")
 image = pipe(
-    "a red fox in the snow", num_frames=1, height={args.validation_size}, width={args.validation_size},
-    num_inference_steps={args.num_inference_steps}, guidance_scale={args.validation_guidance_scale},
-    max_sequence_length={args.max_sequence_length}, output_type="pil",
+    "a red fox in the snow", num_frames=1, height={flags[validation_size]}, width={flags[validation_size]},
+    num_inference_steps={flags[num_inference_steps]}, guidance_scale={flags[validation_guidance_scale]},
+    max_sequence_length={flags[max_sequence_length]}, output_type="pil",
 ).frames[0][0]
 image.save("fox.png")
 ```
@@ -904,61 +1058,57 @@ https://arxiv.org/abs/2509.06942.
 """
 
 
-def save_model_card(args, repo_id, history, model):
+def save_model_card(run, history):
     """Writes the `README.md` of the output folder: what it is, how to use it, how it was made."""
-    expert = args.transformer_subfolder
+    base, rank = run.flags["pretrained_model_name_or_path"], run.flags["lora_rank"]
     load = 'expert = WanTransformer3DModel.from_pretrained("{}", subfolder="{}", dtype=torch.bfloat16)'
-    load_expert, what = load.format(repo_id, expert), f"`{expert}`"
-    if args.lora_rank is not None and not args.save_merged:
-        what = f"A LoRA of rank {args.lora_rank} for `{expert}`"
-        load_expert = load.format(args.pretrained_model_name_or_path, expert)
-        options = f'weight_name="{LORA_WEIGHT_NAME_SAFE}", use_safetensors=True'
-        load_expert += f'\nexpert.load_lora_adapter("{repo_id}", {options})'
+    load_expert, what, tags = load.format(run.repo_id, run.expert), f"`{run.expert}`", []
+    if rank is not None:
+        what, tags = f"A LoRA of rank {rank} for `{run.expert}`", ["lora"]
+        load_lora = f'expert.load_lora_adapter("{run.repo_id}", weight_name="{LORA_FILE}", use_safetensors=True)'
+        load_expert = f"{load.format(base, run.expert)}\n{load_lora}"
     validation = [row["validation_relative"] for row in history if "validation_relative" in row]
     settings = {
         name: " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
-        for name, value in sorted(vars(args).items())
+        for name, value in sorted(run.flags.items())
         if value is not None and name not in ("hub_token", "output_dir", "validation_prompts")
     }
     alone = "transformer=None, transformer_2=expert, boundary_ratio=1.0"
     content = MODEL_CARD.format(
-        args=args,
-        base=args.pretrained_model_name_or_path,
+        base=base,
+        flags=run.flags,
         what=what,
         load_expert=load_expert,
-        experts=alone if model.two_experts else f"{expert}=expert",
+        experts=alone if run.two_experts else f"{run.expert}=expert",
         updates=max((row["step"] for row in history), default=0),
         rewards=f", relative reward {validation[0]:.4f} -> {validation[-1]:.4f}" if validation else "",
         images="![Validation images before and after training](before_after.png)\n" if validation else "",
         settings="\n".join(f"| `--{name}` | {value} |" for name, value in settings.items()),
     )
     data = huggingface_hub.ModelCardData(
-        base_model=None if Path(args.pretrained_model_name_or_path).is_dir() else args.pretrained_model_name_or_path,
+        base_model=None if Path(base).is_dir() else base,
         library_name="diffusers",
         license="apache-2.0",
         pipeline_tag="text-to-image",
-        tags=["text-to-image", "diffusers", "wan", "srpo", *(["lora"] if args.lora_rank is not None else [])],
+        tags=["text-to-image", "diffusers", "wan", "srpo", *tags],
     )
-    huggingface_hub.ModelCard(f"---\n{data.to_yaml()}\n---\n{content}").save(Path(args.output_dir, "README.md"))
+    huggingface_hub.ModelCard(f"---\n{data.to_yaml()}\n---\n{content}").save(run.output_dir / "README.md")
 
 
-def save_results(accelerator, args, transformer, dtype, repo_id, history, model):
+def save_results(accelerator, transformer, run, state):
     """Writes what users want of a run: the weights, the curves, the pictures and the card; and pushes it."""
-    weights = gather_weights(accelerator, transformer, dtype)
+    weights = gather_weights(accelerator, transformer, run.dtype)
     if accelerator.is_main_process:
-        bare = accelerator.unwrap_model(transformer)
-        expert, config, lora = args.transformer_subfolder, dict(bare.config), lora_metadata(bare)
-        logger.info(f"Saved {save_weights(weights, args.output_dir, expert, config, lora)}")
-        if args.save_merged:
-            save_merged(args, dtype)
-        save_reward_curve(args.output_dir, history)
-        painted = [row["step"] for row in history if "validation_relative" in row]
-        painted = [step for step in painted if Path(args.output_dir, f"images/step-{step}/scores.json").is_file()]
+        bare, output, images = accelerator.unwrap_model(transformer), run.output_dir, run.output_dir / "images"
+        logger.info(f"Saved {save_weights(weights, output, run.expert, dict(bare.config), lora_metadata(bare))}")
+        save_reward_curve(state.history, output / "reward.png")
+        painted = [row["step"] for row in state.history if "validation_relative" in row]
+        painted = [step for step in painted if (images / f"step-{step}" / "scores.json").is_file()]
         if painted:
-            save_before_after(args.output_dir, (painted[0], painted[-1]))
-        save_model_card(args, repo_id, history, model)
-        if args.push_to_hub:
-            upload(args, repo_id, history)
+            save_before_after(images, (painted[0], painted[-1]), output / "before_after.png")
+        save_model_card(run, state.history)
+        if run.flags["push_to_hub"]:
+            upload(run, state.step)
     accelerator.wait_for_everyone()
 
 
@@ -977,25 +1127,34 @@ def with_retries(request, attempts=5):
             time.sleep(2**attempt)
 
 
-def upload(args, repo_id, history):
+def upload(run, step):
     """Uploads the output folder without its checkpoints. If that fails, the folder is whole and a message says how."""
-    ignored = ["checkpoint-*", f"{args.logging_dir}/*"]
-    message = f"After {history[-1]['step']} updates" if history else "Before training"
-    options = {"commit_message": message, "ignore_patterns": [*ignored], "token": args.hub_token}
+    ignored, folder = ["checkpoint-*", f"{run.flags['logging_dir']}/*"], str(run.output_dir)
+    options = {"commit_message": f"After {step} updates", "token": run.flags["hub_token"]}
     try:
-        with_retries(lambda: huggingface_hub.upload_folder(repo_id=repo_id, folder_path=args.output_dir, **options))
+        options |= {"repo_id": run.repo_id, "folder_path": folder, "ignore_patterns": [*ignored]}
+        with_retries(lambda: huggingface_hub.upload_folder(**options))
     except Exception as error:  # whatever it was, the run goes on and its files are safe
         exclude = [word for pattern in ignored for word in ("--exclude", pattern)]
-        command = shlex.join(["hf", "upload", repo_id, args.output_dir, ".", *exclude])
+        command = shlex.join(["hf", "upload", run.repo_id, folder, ".", *exclude])
         logger.error(f"Upload failed: {error}\nUpload later with: {command}")
 
 
-# ---- Arguments and inputs. ------------------------------------------------------------------------------------------
+# ---- 11. Flags and checks: what cannot succeed is refused before any model is loaded. -------------------------------
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults of flags, except where there is none or the help says it in words."""
+
+    def _get_help_string(self, action):
+        said = action.default in (None, False) or "Default: " in action.help
+        return action.help if said else super()._get_help_string(action)
+
+
 def parse_args(input_args=None):
     parser = argparse.ArgumentParser(
         description="Fine-tune the low-noise expert of Wan2.2 for text-to-image with SRPO.",
         usage="accelerate launch --config_file CONFIG %(prog)s --pretrained_model_name_or_path M --dataset_name D "
         "--reward_model {HPS,PickScore,CLIP} --reward_model_path P --output_dir O [options, see --help]",
+        formatter_class=HelpFormatter,
     )
 
     # fmt: off
@@ -1016,16 +1175,16 @@ def parse_args(input_args=None):
     add("--reward_model_path",
         help="HPS: the file HPS_v2.1_compressed.pt; otherwise folder or Hub id of a CLIPModel. CLIP has no default.")
     add("--reward_processor_path", help="PickScore, CLIP: folder or Hub id of the processor, if not the usual one.")
-    add("--reward_dtype", choices=["fp32", "bf16"], help="Precision of the reward model. Default: that of the run.")
-    words = "Control words to move {}, a new one every step. The published ones suit HPS."
+    add("--reward_dtype", choices=["fp32", "bf16"], default="fp32", help="Precision of the reward model's weights.")
+    words = "Control words to move {}, a new one every step. Default: the published ones, which suit HPS."
     add("--positive_words", nargs="+", default=POSITIVE_WORDS, help=words.format("towards"))
     add("--negative_words", nargs="+", default=NEGATIVE_WORDS, help=words.format("away from"))
     add = parser.add_argument_group("SRPO").add_argument
     add("--branches", choices=["both", "denoise", "inversion"], default="both", help="Branches of the graded step.")
     add("--loss", choices=["hinge", "linear"], default="hinge", help="relu(margin - score), or just -score.")
     add("--reward_margin", type=float, default=0.7, help="The score from which on the hinge loss is zero.")
-    add("--loss_weight_shift", type=float,
-        help="Weigh the loss at position p by the curve of this shift at p / timestep_length. Default: all the same.")
+    add("--loss_weight_shift", type=float, help="Weigh the loss at position p by this shift's curve at p / length.")
+    add("--drift_weight", type=float, default=0.0, help="Weight in the loss of (velocity - untrained velocity)^2.")
     add("--train_timestep", type=int, nargs=2, default=[5, 25], metavar=("FIRST", "LAST"),
         help="First and last step of the trained window, of the num_inference_steps of the schedule.")
     add("--timestep_length", type=int, default=1000, help="Number of noise levels in the trained window.")
@@ -1044,10 +1203,10 @@ def parse_args(input_args=None):
     add("--rollout_batch_size", type=int,
         help="Samples to roll out at once (per device); more make weights travel less. Default: train_batch_size.")
     add("--updates_per_rollout", type=int, default=1,
-        help="Number of updates, each at a new position with new control words, that a rollout is used for.")
+        help="Number of updates, each at new noise levels with new control words, that a rollout is used for.")
     add("--renew_noise", action="store_true", help="Also inject new noise in further updates on the same rollout.")
     add("--rollout_shift", type=float, help="Shift of the rollout's schedule. Default: `flow_shift` of the model.")
-    add("--rollout_guidance_scale", type=float, default=3.0, help="Guidance scale of rollouts. 1.0 halves their cost.")
+    add("--rollout_guidance_scale", type=float, default=3.0, help="Guidance scale of rollouts; 1.0 halves their cost.")
     add("--noise", choices=["shared", "per_sample"], default="shared", help="One noise for a step, or one per sample.")
     add = parser.add_argument_group("LoRA").add_argument
     add("--lora_rank", type=int, help="Train a LoRA of this rank beside the weights. Default: train all weights.")
@@ -1057,7 +1216,6 @@ def parse_args(input_args=None):
         help=f"Names of the linear layers that get a LoRA. Default: {' '.join(LORA_TARGET_MODULES)}")
     add("--base_weights", choices=["fp8"],
         help="Store frozen linear layers in float8 (e4m3), half of bf16; saves little without gradient checkpointing.")
-    add("--save_merged", action="store_true", help="Also write the base model with the LoRA merged into it.")
     add = parser.add_argument_group("optimization").add_argument
     add("--seed", type=int, default=42, help="A seed for reproducible training.")
     add("--train_batch_size", type=int, default=1, help="Batch size (per device) of a rollout, in captions.")
@@ -1065,7 +1223,7 @@ def parse_args(input_args=None):
         help="Number of rollouts to accumulate before performing an update. Each counts once, whatever its branches.")
     add("--max_train_steps", type=int, default=100, help="Total number of updates to perform.")
     add("--learning_rate", type=float, default=5e-6, help="Initial learning rate to use.")
-    schedulers = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
+    schedulers = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
     add("--lr_scheduler", choices=schedulers, default="constant", help="The scheduler type to use.")
     add("--lr_warmup_steps", type=int, default=0, help="Number of steps for the warmup in the lr scheduler.")
     add("--optimizer", choices=["adamw", "adamw_8bit"], default="adamw",
@@ -1080,7 +1238,8 @@ def parse_args(input_args=None):
     add("--compile", action="store_true", help="Compile the blocks of the transformer: minutes once, then faster.")
     add("--allow_tf32", action="store_true", help="Whether or not to allow TF32 on Ampere and later GPUs.")
     add = parser.add_argument_group("validation").add_argument
-    add("--validation_prompts", nargs="*", help="Prompts to paint, or none. Default: the first four captions.")
+    add("--validation_prompts", nargs="*",
+        help="Prompts of the dataset to paint, or none. Default: its split `validation`, or its first four captions.")
     add("--validation_steps", type=int, default=10, help="Run validation every X updates, and at the end.")
     add("--validation_size", type=int, default=1024, help="The side in pixels of validation images.")
     add("--validation_guidance_scale", type=float, default=3.0, help="Guidance scale of validation images.")
@@ -1088,7 +1247,7 @@ def parse_args(input_args=None):
     add("--output_dir", default="srpo-wan", help="Where the model, checkpoints, images and logs will be written.")
     add("--overwrite_output_dir", action="store_true", help="Delete what an earlier run wrote to `output_dir` first.")
     add("--checkpointing_steps", type=int, default=10, help="Save a checkpoint of the training state every X updates.")
-    add("--checkpoints_total_limit", type=int, help="Max number of checkpoints to store.")
+    add("--checkpoints_total_limit", type=int, help="Max number of checkpoints to store. Default: no limit.")
     add("--resume_from_checkpoint", help="Path of a checkpoint, or `latest` for the last one in `output_dir`.")
     add("--logging_dir", default="logs", help="The directory for TensorBoard logs, inside `output_dir`.")
     trackers = [*LOGGER_TYPE_TO_CLASS, "all", "none"]
@@ -1101,21 +1260,30 @@ def parse_args(input_args=None):
     # fmt: on
 
     args = parser.parse_args(input_args)
-    check_values(args, parser.error)
+    counts = (
+        "train_batch_size gradient_accumulation_steps max_train_steps max_sequence_length sampling_steps lora_rank "
+    )
+    counts += "num_inference_steps validation_steps checkpointing_steps updates_per_rollout rollout_batch_size "
+    for names, valid, what in (
+        (counts + "checkpoints_total_limit", lambda value: value >= 1, "at least 1"),
+        ("shift rollout_shift loss_weight_shift max_grad_norm lora_alpha", lambda value: value > 0, "positive"),
+        ("seed learning_rate drift_weight", lambda value: value >= 0, "at least 0"),
+        ("timestep_length", lambda value: value >= 2 * POSITION_MARGIN, f"at least {2 * POSITION_MARGIN}"),
+        ("groundtruth_ratio", lambda value: 0 < value < 1, "between 0 and 1"),
+        ("lora_dropout", lambda value: 0 <= value < 1, "at least 0 and below 1"),
+    ):
+        for name in names.split():
+            if getattr(args, name) is not None and not valid(getattr(args, name)):
+                parser.error(f"`--{name}` must be {what}, but is {getattr(args, name)}.")
+    check_combinations(args, parser.error)
     if args.lora_rank is not None:
         args.lora_alpha, args.lora_dropout = args.lora_alpha or args.lora_rank, args.lora_dropout or 0.0
         args.lora_target_modules = sorted(args.lora_target_modules or LORA_TARGET_MODULES)
     return args
 
 
-def check_values(args, error):
-    """Refuses values that no run can use. `error` takes the message and does not return."""
-    counts = ["train_batch_size", "gradient_accumulation_steps", "max_train_steps", "max_sequence_length"]
-    counts += ["sampling_steps", "num_inference_steps", "validation_steps", "checkpointing_steps"]
-    for name in [*counts, "updates_per_rollout", "rollout_batch_size", "checkpoints_total_limit", "lora_rank"]:
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            error(f"`--{name}` must be at least 1, but is {value}.")
+def check_combinations(args, error):
+    """Refuses flags that mean nothing together. `error` takes the message and does not return."""
     (first, last), steps = args.train_timestep, args.num_inference_steps
     if not 0 <= first < last <= steps:
         error(f"`--train_timestep {first} {last}` must be two growing steps of the {steps} `--num_inference_steps`.")
@@ -1123,20 +1291,8 @@ def check_values(args, error):
         error("`--checkpointing_steps` must be a multiple of `--updates_per_rollout`, to resume with a new rollout.")
     if args.renew_noise and args.updates_per_rollout == 1:
         error("`--renew_noise` needs `--updates_per_rollout` above 1; each rollout has new noise anyway.")
-    for name, valid, what in (
-        ("timestep_length", args.timestep_length >= 2 * POSITION_MARGIN, f"at least {2 * POSITION_MARGIN}"),
-        ("groundtruth_ratio", 0 < args.groundtruth_ratio < 1, "between 0 and 1"),
-        ("seed", args.seed >= 0, "at least 0"),
-        ("learning_rate", args.learning_rate >= 0, "at least 0"),
-        ("lora_dropout", 0 <= (args.lora_dropout or 0) < 1, "at least 0 and below 1"),
-    ):
-        if not valid:
-            error(f"`--{name}` must be {what}, but is {getattr(args, name)}.")
-    for name in ("shift", "rollout_shift", "loss_weight_shift", "max_grad_norm", "lora_alpha"):
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            error(f"`--{name}` must be positive, but is {getattr(args, name)}.")
-    for name in ("lora_alpha", "lora_dropout", "lora_target_modules", "base_weights", "save_merged"):
-        if args.lora_rank is None and getattr(args, name) is not None and getattr(args, name) is not False:
+    for name in ("lora_alpha", "lora_dropout", "lora_target_modules", "base_weights"):
+        if args.lora_rank is None and getattr(args, name) is not None:
             error(f"`--{name}` needs `--lora_rank`; without it there is no LoRA and all weights are trained.")
     if args.optimizer == "adamw_8bit" and importlib.util.find_spec("torchao") is None:
         error("`--optimizer adamw_8bit` needs torchao: run `pip install torchao`.")
@@ -1146,8 +1302,13 @@ def check_values(args, error):
         error("`--push_to_hub` needs a token: run `hf auth login` or pass `--hub_token`.")
 
 
+def settings_of(kind, flags):
+    """A named tuple or dataclass whose fields are flags, from a dict of all flags."""
+    return kind(**{name: flags[name] for name in kind.__annotations__})
+
+
 @contextmanager
-def blame(cause):
+def input_error(cause):
     """Turns whatever a library says of unreadable input into a `ValueError` of one line that begins with `cause`."""
     try:
         yield
@@ -1155,125 +1316,167 @@ def blame(cause):
         raise ValueError(f"{cause}: {' '.join(str(error).split())}") from error
 
 
+@contextmanager
+def one_line_errors():
+    """Ends the program with the message of a `ValueError`, without a traceback."""
+    try:
+        yield
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
 class ModelInfo(NamedTuple):
     """What the configs of the base model say; see the attributes of the same names in diffusers."""
 
-    two_experts: bool
-    boundary_ratio: float | None
+    source: dict  # the arguments of `from_pretrained` that say where it is
+    expert: str  # the subfolder of the transformer to train
+    boundary_ratio: float | None  # `None` where there is one expert
     expand_timesteps: bool
-    patch_size: tuple[int, int, int]
-    in_channels: int
-    text_dim: int
-    vae_scale_factor: int
     flow_shift: float
-
-
-def model_source(args):
-    """Where to load the base model from: arguments of every `from_pretrained` and `load_config`."""
-    return {name: getattr(args, name) for name in ("pretrained_model_name_or_path", "revision", "cache_dir")}
+    transformer: torch.nn.Module  # on the meta device: shapes, no weights
+    vae: torch.nn.Module  # likewise
 
 
 def read_model_info(args):
     """The [`ModelInfo`] of the base model from its configs. `ValueError` if it is not Wan or lacks the expert."""
-    path, expert, source = args.pretrained_model_name_or_path, args.transformer_subfolder, model_source(args)
-    with blame(f"`--pretrained_model_name_or_path {path}` is not a Wan pipeline in the layout of diffusers"):
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+
+    flag, expert = (
+        f"`--pretrained_model_name_or_path {args.pretrained_model_name_or_path}`",
+        args.transformer_subfolder,
+    )
+    names = ("pretrained_model_name_or_path", "revision", "variant", "cache_dir")
+    source = {name: getattr(args, name) for name in names}
+    with input_error(f"{flag} is not a Wan pipeline in the layout of diffusers"), torch.device("meta"):
         index = WanPipeline.load_config(**source)
         scheduler = UniPCMultistepScheduler.load_config(**source, subfolder="scheduler")
-        with torch.device("meta"):
-            vae = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(**source, subfolder="vae"))
+        vae = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(**source, subfolder="vae"))
     two_experts = index.get("transformer_2", [None, None])[1] is not None
     if two_experts != (expert == "transformer_2"):
         raise ValueError(
-            f"`{path}` has {'two experts' if two_experts else 'no `transformer_2`, only one expert'}: train it with "
+            f"{flag} has {'two experts' if two_experts else 'no `transformer_2`, only one expert'}: train it with "
             f"`--transformer_subfolder {'transformer_2' if two_experts else 'transformer'}`."
         )
-    if two_experts and index.get("boundary_ratio") is None:
-        raise ValueError(f"`--pretrained_model_name_or_path {path}` has no `boundary_ratio` in its model_index.json.")
-    with blame(f"`--pretrained_model_name_or_path {path}` lacks the model in `{expert}`"), torch.device("meta"):
+    boundary_ratio = index.get("boundary_ratio") if two_experts else None
+    if two_experts and boundary_ratio is None:
+        raise ValueError(f"{flag} has no `boundary_ratio` in its model_index.json.")
+    with input_error(f"{flag} lacks the model in `{expert}`"), torch.device("meta"):
         config = WanTransformer3DModel.load_config(**source, subfolder=expert)
         transformer = WanTransformer3DModel.from_config(config)
-    if args.lora_rank is not None:
-        for name in args.lora_target_modules:
-            if not any(f".{layer}".endswith(f".{name}") for layer, _ in transformer.named_modules()):
-                raise ValueError(f"`--lora_target_modules`: the transformer has no layer `{name}`.")
-        with blame("`--lora_target_modules` must name linear layers"), torch.device("meta"):
-            add_lora(transformer, args)
-    return ModelInfo(
-        two_experts=two_experts,
-        boundary_ratio=index.get("boundary_ratio"),
-        expand_timesteps=index.get("expand_timesteps", False),
-        patch_size=tuple(transformer.config.patch_size),
-        in_channels=transformer.config.in_channels,
-        text_dim=transformer.config.text_dim,
-        vae_scale_factor=vae.config.scale_factor_spatial,
-        flow_shift=scheduler.get("flow_shift", 1.0),
+    settings = boundary_ratio, index.get("expand_timesteps", False), scheduler.get("flow_shift", 1.0)
+    return ModelInfo(source, expert, *settings, transformer, vae)
+
+
+def check_flags_for_model(args, model):
+    """Refuses window, sizes and layers of a LoRA that the base model cannot have, and names what it can."""
+    schedule, highest = (
+        shift_sigmas(torch.linspace(1, 0, args.num_inference_steps + 1), args.shift),
+        model.boundary_ratio,
     )
-
-
-def check_window(args, model):
-    """Refuses a training window above the boundary of the low-noise expert and names the largest valid one."""
-    if not model.two_experts:
-        if args.rollout_start == "boundary":
-            raise ValueError("`--rollout_start boundary` needs a model of two experts; this one has no boundary.")
-        return
-    schedule = shift_sigmas(torch.linspace(1, 0, args.num_inference_steps + 1), args.shift)
     first, last = args.train_timestep
-    if schedule[first] > model.boundary_ratio + 1e-6:
-        lowest = int((schedule > model.boundary_ratio + 1e-6).sum())
+    if highest is not None and schedule[first] > highest + 1e-6:
+        lowest = int((schedule > highest + 1e-6).sum())
         raise ValueError(
             f"`--train_timestep {first} {last}` starts at sigma {schedule[first]:.3f}, above the boundary "
-            f"{model.boundary_ratio} of the low-noise expert, which sees no such noise. The largest valid window of "
+            f"{highest} of the low-noise expert, which sees no such noise. The largest valid window of "
             f"this schedule is `--train_timestep {lowest} {args.num_inference_steps}`."
         )
-
-
-def check_sizes(args, model):
-    """Refuses image sizes that the latents cannot have."""
-    for name in ("height", "width", "validation_size"):
-        multiple = model.vae_scale_factor * model.patch_size[2 if name == "width" else 1]
-        if name == "validation_size":
-            multiple = np.lcm(multiple, 16).item()  # WanPipeline's own demand
+    if args.rollout_start == "boundary" and highest is None:
+        raise ValueError("`--rollout_start boundary` needs a model of two experts; this one has no boundary.")
+    scale, (_, *patch) = model.vae.config.scale_factor_spatial, model.transformer.config.patch_size
+    validation = np.lcm(scale * patch[0], 16).item()  # WanPipeline's own demand
+    multiples = {"height": scale * patch[0], "width": scale * patch[1], "validation_size": validation}
+    for name, multiple in multiples.items():
         value = getattr(args, name)
         if value < 1 or value % multiple:
             near = max(1, round(value / multiple)) * multiple
-            raise ValueError(
-                f"`--{name} {value}` must be a multiple of {multiple} for this model, for example {near}."
-            )
+            problem = f"`--{name} {value}` must be a multiple of {multiple} for this model"
+            raise ValueError(f"{problem}, for example {near}.")
+    for name in args.lora_target_modules or ():
+        if not any(f".{layer}".endswith(f".{name}") for layer, _ in model.transformer.named_modules()):
+            raise ValueError(f"`--lora_target_modules`: the transformer has no layer `{name}`.")
+    with input_error("`--lora_target_modules` must name linear layers"), torch.device("meta"):
+        set_up_transformer(copy.deepcopy(model.transformer), args)
 
 
-def weights_fingerprint(args, subfolder, file, name):
-    """
-    Identifies a model of the pipeline by the weights of one layer, wherever they lie: the first 16 hex digits of their
-    SHA-256 in bfloat16. Only that tensor, `name` in `subfolder/file.safetensors` or its shards, is read.
-    """
-    source = {"subfolder": subfolder, "revision": args.revision, "cache_dir": args.cache_dir}
-    cached = partial(cached_file, args.pretrained_model_name_or_path, **source)
-    suffix = f".{args.variant}" if args.variant else ""
-    index = cached(f"{file}.safetensors.index{suffix}.json", _raise_exceptions_for_missing_entries=False)
-    shard = json.loads(Path(index).read_text())["weight_map"][name] if index else f"{file}{suffix}.safetensors"
-    with safe_open(cached(shard), framework="pt") as weights:
-        weight = weights.get_tensor(name)
+def weight_files(source, subfolder, stem, layer=None):
+    """The paths of the safetensors files of a model: `{stem}.safetensors` or its shards, or the one of them that holds
+    the tensor `layer`. `source` are those arguments of `from_pretrained` that say where the model is. Downloads what
+    is not there yet; `OSError` if there is no such file."""
+    from transformers.utils import cached_file
+
+    source = dict(source)
+    variant = source.pop("variant", None)
+    cached = partial(cached_file, source.pop("pretrained_model_name_or_path"), subfolder=subfolder, **source)
+    suffix = f".{variant}" if variant else ""
+    index = cached(f"{stem}.safetensors.index{suffix}.json", _raise_exceptions_for_missing_entries=False)
+    if index is None:
+        return [cached(f"{stem}{suffix}.safetensors")]
+    shards = json.loads(Path(index).read_text())["weight_map"]
+    return [cached(shard) for shard in sorted({shards[layer]} if layer else set(shards.values()))]
+
+
+def weights_fingerprint(source, subfolder, stem, layer):
+    """Identifies a model by the weights of one layer, wherever they lie: the first 16 hex digits of the SHA-256 of the
+    little-endian bytes of `layer` in bfloat16. Only that tensor is read. See [`weight_files`]."""
+    (file,) = weight_files(source, subfolder, stem, layer)
+    with safe_open(file, framework="pt") as weights:
+        weight = weights.get_tensor(layer)
     return hashlib.sha256(weight.to(torch.bfloat16).view(torch.int16).numpy().tobytes()).hexdigest()[:16]
 
 
-def text_encoder_fingerprint(args):  # the one of `embed_prompts.py`
-    return weights_fingerprint(args, "text_encoder", *TEXT_ENCODER_LAYER)
+def read_shapes(files):
+    """{name: shape} of the tensors in safetensors files. Only the heads of the files are read."""
+    shapes = {}
+    for file in files:
+        with input_error(f"`{file}` is not a whole safetensors file"), safe_open(file, framework="pt") as head:
+            shapes |= {name: tuple(head.get_slice(name).get_shape()) for name in head.keys()}
+    return shapes
+
+
+def check_weights(model, found, where):
+    """Compares the shapes `found` in files, {name: tuple}, with those of a model, which may be on the meta device.
+    `ValueError` names what is missing, of another shape, or unknown; `where` says of which input."""
+    names = {}  # names of the same tensor: one of them is enough
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    missing = [same[0] for same in names.values() if not found.keys() & set(same)]
+    unknown = [name for name in found if name not in expected and "position_ids" not in name]
+    other = [name for name in found if name in expected and found[name] != expected[name]]
+    for what, tensors in (("lack", missing), ("have other shapes of", other), ("have unknown", unknown)):
+        if tensors:
+            raise ValueError(f"{where}: its weights {what} {len(tensors)} tensors, such as `{min(tensors)}`.")
+
+
+def check_model_files(model):
+    """Refuses weights of the expert and of the VAE that their configs do not fit. Only the heads of files are read."""
+    for subfolder, empty in ((model.expert, model.transformer), ("vae", model.vae)):
+        where = f"`--pretrained_model_name_or_path {model.source['pretrained_model_name_or_path']}`, `{subfolder}`"
+        with input_error(f"{where} cannot be read"):
+            found = read_shapes(weight_files(model.source, subfolder, DIFFUSERS_STEM))
+        check_weights(empty, found, where)
 
 
 def check_dataset(args, model):
     """Refuses a dataset that `embed_prompts.py` did not write for this model's text encoder; else returns it."""
     name, path = f"`--dataset_name {args.dataset_name}`", args.pretrained_model_name_or_path
-    with blame(f"{name} cannot be loaded; make it with embed_prompts.py"):
+    with input_error(f"{name} cannot be loaded; make it with embed_prompts.py"):
         dataset = load_prompt_dataset(args.dataset_name, args.cache_dir)
     columns = {"caption", "prompt_embeds", "text_encoder_fingerprint", "max_sequence_length"}
-    for split in ("train", "negative"):
+    splits = ["train", "negative", *(["validation"] if "validation" in dataset else [])]
+    for split in splits:
         if split not in dataset or not columns <= set(dataset[split].column_names) or len(dataset[split]) == 0:
             raise ValueError(f"{name} was not made by embed_prompts.py: it lacks rows or columns in `{split}`.")
-    with blame(f"`--pretrained_model_name_or_path {path}` lacks the text encoder to compare {name} with"):
-        fingerprint = text_encoder_fingerprint(args)
-    for rows in (dataset["train"], dataset["negative"]):
+    with input_error(f"`--pretrained_model_name_or_path {path}` lacks the text encoder to compare {name} with"):
+        fingerprint = weights_fingerprint(model.source, "text_encoder", TRANSFORMERS_STEM, TEXT_ENCODER_LAYER)
+    for rows in (dataset[split] for split in splits):
         for what, found, expected in (
-            ("embeddings of size", {np.asarray(rows[0]["prompt_embeds"]).shape[-1]}, model.text_dim),
+            (
+                "embeddings of size",
+                {np.asarray(rows[0]["prompt_embeds"]).shape[-1]},
+                model.transformer.config.text_dim,
+            ),
             ("embeddings of length", set(rows.unique("max_sequence_length")), args.max_sequence_length),
             ("embeddings of the text encoder", set(rows.unique("text_encoder_fingerprint")), fingerprint),
         ):
@@ -1282,43 +1485,47 @@ def check_dataset(args, model):
                     f"{name} holds {what} {', '.join(map(str, found))}, but `{path}` with `--max_sequence_length "
                     f"{args.max_sequence_length}` needs {expected}. Embed the captions again for this model."
                 )
+    captions = {caption for split in splits for caption in dataset[split]["caption"]}
+    if lacking := [prompt for prompt in args.validation_prompts or () if prompt not in captions]:
+        advice = "Give it to `embed_prompts.py --validation_prompts`."
+        raise ValueError(f"`--validation_prompts`: {name} has no embedding of {lacking[0]!r}. {advice}")
     if args.rollout_start == "boundary":
-        lacking = {*BOUNDARY_COLUMNS, "boundary_settings"} - set(dataset["train"].column_names)
-        settings = [None] if lacking else dataset["train"].unique("boundary_settings")
-        if None in settings:
-            raise ValueError(f"{name} has no boundary latents, or rows without; see `embed_prompts.py --help`.")
-        wanted = {**vars(args), "rollout_shift": args.rollout_shift or model.flow_shift}
-        for found in map(json.loads, settings):
-            for flag in BOUNDARY_FLAGS:
-                if found[flag] != wanted[flag]:
-                    problem = f"{name} has boundary latents of `--{flag} {found[flag]}`, not {wanted[flag]}."
-                    raise ValueError(f"{problem} Train with the same, or make others with embed_prompts.py.")
+        check_boundary_latents(dataset["train"], name, vars(args), model.flow_shift)
     return dataset
 
 
+def check_boundary_latents(rows, name, flags, flow_shift):
+    """Refuses rows without boundary latents, and such as were painted with other `flags`, a dict, than training's."""
+    lacking = {*BOUNDARY_COLUMNS, "boundary_settings"} - set(rows.column_names)
+    settings = [None] if lacking else rows.unique("boundary_settings")
+    if None in settings:
+        raise ValueError(f"{name} has no boundary latents, or rows without; see `embed_prompts.py --help`.")
+    wanted = {**flags, "rollout_shift": flags["rollout_shift"] or flow_shift}
+    for found in map(json.loads, settings):
+        for flag in BOUNDARY_FLAGS:
+            if found[flag] != wanted[flag]:
+                problem = f"{name} has boundary latents of `--{flag} {found[flag]}`, not {wanted[flag]}."
+                raise ValueError(f"{problem} Train with the same, or make others with embed_prompts.py.")
+
+
 def check_reward(args):
-    """
-    Fills in the defaults of `--reward_model_path` and `--reward_processor_path` and refuses a checkpoint that is
-    missing or of another architecture.
-    """
+    """Fills in the defaults of `--reward_model_path` and `--reward_processor_path` and refuses a checkpoint that is
+    missing or of another architecture."""
     if args.reward_model == "HPS":
-        with blame(f"Without `--reward_model_path`, {HPS_FILE} is needed from the Hub, which failed"):
+        with input_error(f"Without `--reward_model_path`, {HPS_FILE} is needed from the Hub, which failed"):
             path = args.reward_model_path or huggingface_hub.hf_hub_download(HPS_REPOSITORY, HPS_FILE)
         args.reward_model_path = path
         if not Path(path).is_file():
             download = f"hf download {HPS_REPOSITORY} {HPS_FILE} --local-dir ."
             raise ValueError(f"`--reward_model_path {path}` is not a file. Download it with `{download}`.")
-        with blame(f"`--reward_model_path {path}` is not a checkpoint with a `state_dict`"):
-            found = {name: tensor.shape for name, tensor in HPSReward.read_weights(path).items()}
-        model = HPSReward.empty_model(HPS_ARCHITECTURE)
-        expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        different = [name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]
-        if different:
-            raise ValueError(
-                f"`--reward_model_path {path}` is not of the architecture {HPS_ARCHITECTURE}: {len(different)} "
-                f"tensors differ, such as `{min(different)}`."
-            )
+        with input_error(f"`--reward_model_path {path}` is not a checkpoint with a `state_dict`"):
+            found = {name: tuple(tensor.shape) for name, tensor in HPSReward.read_weights(path).items()}
+        where = f"`--reward_model_path {path}` is not of the architecture {HPS_ARCHITECTURE}"
+        check_weights(HPSReward.empty_model(), found, where)
         return
+
+    from transformers import CLIPConfig, CLIPModel, CLIPProcessor
+
     if args.reward_model == "PickScore":
         args.reward_processor_path = args.reward_processor_path or PICKSCORE_PROCESSOR
         args.reward_model_path = args.reward_model_path or PICKSCORE_REPOSITORY
@@ -1326,26 +1533,33 @@ def check_reward(args):
     if path is None:
         raise ValueError("`--reward_model CLIP` needs `--reward_model_path`, the folder or Hub id of a CLIPModel.")
     args.reward_processor_path = args.reward_processor_path or path
-    with blame(f"`--reward_model_path {path}` is not the folder or Hub id of a CLIPModel"):
-        kind = AutoConfig.from_pretrained(path).model_type
-    if kind != "clip":
-        raise ValueError(f"`--reward_model_path {path}` is of type `{kind}`; {args.reward_model} needs type `clip`.")
-    with blame(f"`--reward_processor_path {args.reward_processor_path}` is not the folder or Hub id of a processor"):
+    where = f"`--reward_model_path {path}` is not the folder or Hub id of a CLIPModel"
+    with input_error(where):
+        config, kind = CLIPConfig.get_config_dict(path)[0], "clip"
+    if config.get("model_type") != kind:
+        raise ValueError(f"{where}: its type is `{config.get('model_type')}`; {args.reward_model} needs `{kind}`.")
+    with input_error(where), torch.device("meta"):
+        model = CLIPModel(CLIPConfig.from_dict(config))
+    with input_error(where):
+        found = read_shapes(weight_files({"pretrained_model_name_or_path": path}, "", TRANSFORMERS_STEM))
+    check_weights(model, found, f"`--reward_model_path {path}`")
+    with input_error(
+        f"`--reward_processor_path {args.reward_processor_path}` is not the folder or Hub id of a processor"
+    ):
         CLIPProcessor.from_pretrained(args.reward_processor_path)
 
 
-def check_output_dir(args):
+def check_output_dir(output_dir, resume_from, overwrite):
     """Refuses to write into the output of another run, and a checkpoint to resume from that is not there."""
-    folder = args.resume_from_checkpoint
-    named = folder not in (None, "latest")
-    if named and (Path(folder).suffix == ".unfinished" or not Path(folder, "trainer_state.json").is_file()):
-        found = ", ".join(map(str, list_checkpoints(args.output_dir))) or "none"
+    output = Path(output_dir)
+    named = resume_from not in (None, "latest")
+    if named and (Path(resume_from).suffix == ".unfinished" or not Path(resume_from, "trainer_state.json").is_file()):
+        found = ", ".join(map(str, list_checkpoints(output))) or "none"
         advice = f"`output_dir` has {found}."
-        raise ValueError(f"`--resume_from_checkpoint {folder}` is not a complete checkpoint; {advice}")
-    output = Path(args.output_dir)
+        raise ValueError(f"`--resume_from_checkpoint {resume_from}` is not a complete checkpoint; {advice}")
     if output.exists() and not output.is_dir():
         raise ValueError(f"`--output_dir {output}` is a file.")
-    if output.is_dir() and any(output.iterdir()) and not (folder or args.overwrite_output_dir):
+    if output.is_dir() and any(output.iterdir()) and not (resume_from or overwrite):
         raise ValueError(
             f"`--output_dir {output}` is not empty. Choose another, continue its run with `--resume_from_checkpoint "
             "latest`, or delete it with `--overwrite_output_dir`."
@@ -1358,9 +1572,8 @@ def check_deepspeed(args, config, num_processes):
         cause = "joins all weights into one vector, of a size that torchao leaves in float32"
         raise ValueError(f"`--optimizer adamw_8bit` needs a configuration without DeepSpeed, which {cause}.")
     if args.base_weights == "fp8":
-        raise ValueError(
-            "`--base_weights fp8` needs a configuration without DeepSpeed, which casts all weights alike."
-        )
+        cause = "casts all weights alike"
+        raise ValueError(f"`--base_weights fp8` needs a configuration without DeepSpeed, which {cause}.")
     if args.compile and config["zero_optimization"]["stage"] == 3:
         raise ValueError("`--compile` needs whole weights; under ZeRO-3 they come and go while a block runs.")
     for section in ("optimizer", "scheduler"):
@@ -1380,18 +1593,14 @@ def check_deepspeed(args, config, num_processes):
             )
 
 
-@contextmanager
-def one_line_errors():
-    """Ends the run with the message of a `ValueError`, without a traceback."""
-    try:
-        yield
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
-
-
-# ---- The run. -------------------------------------------------------------------------------------------------------
+# ---- 12. Set-up, and the run. ---------------------------------------------------------------------------------------
 def make_accelerator(args):
     """The [`Accelerator`] of the run, with DeepSpeed's settings filled in from the script's flags."""
+    import transformers
+
+    import diffusers
+
+    diffusers.utils.check_min_version("0.40.0")
     on_cpu = not torch.accelerator.is_available()
     uses_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     # The others wait while one process downloads or writes a model. On CPUs DeepSpeed must not look for NCCL.
@@ -1400,7 +1609,7 @@ def make_accelerator(args):
         process_group.backend = "gloo"
     logging_dir = str(Path(args.output_dir, args.logging_dir))
     file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-    with blame(f"`accelerate launch` and its configuration files (DeepSpeed: `{file}`) cannot be used together"):
+    with input_error(f"`accelerate launch` and its configuration files (DeepSpeed: `{file}`) cannot be used together"):
         accelerator = Accelerator(
             cpu=on_cpu and not uses_deepspeed,
             gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -1409,10 +1618,11 @@ def make_accelerator(args):
             step_scheduler_with_optimizer=False,  # the learning rate follows updates, not updates times processes
             kwargs_handlers=[process_group],
         )
+    transformers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.set_verbosity_error()
     if accelerator.mixed_precision == "fp16":
         raise ValueError("`mixed_precision: fp16` is too narrow for Wan's transformer. Use bf16.")
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        config = accelerator.state.deepspeed_plugin.deepspeed_config
+    if (config := deepspeed_config(accelerator)) is not None:
         check_deepspeed(args, config, accelerator.num_processes)
         # "auto" in the JSON would become 1.0, whatever `--max_grad_norm` says, and DeepSpeed does the clipping.
         config["gradient_clipping"] = args.max_grad_norm
@@ -1422,19 +1632,49 @@ def make_accelerator(args):
     return accelerator
 
 
-def prepare_output_dir(accelerator, args):
+def make_run(accelerator, args, model, dtype):
+    """The [`Run`] of the flags."""
+    engine, batch = "without DeepSpeed", ("train_batch_size", "gradient_accumulation_steps", "updates_per_rollout")
+    if (config := deepspeed_config(accelerator)) is not None:
+        zero, masters = config["zero_optimization"], "bf16_master_weights_and_grads"
+        options = [name for name in ("offload_param", "offload_optimizer") if name in zero]
+        options += [masters] if config.get("bf16", {}).get(masters) else []
+        engine = ", ".join([f"ZeRO-{zero['stage']}", *options])
+    fingerprint = weights_fingerprint(model.source, model.expert, DIFFUSERS_STEM, TRANSFORMER_LAYER)
+    identity = {
+        "engine": engine,
+        "mixed_precision": accelerator.mixed_precision,
+        "num_processes": accelerator.num_processes,
+        **{name: getattr(args, name) for name in ("transformer_subfolder", "optimizer", *batch)},
+        "base model, by a hash of its weights": fingerprint,
+        "LoRA rank, alpha and modules": [args.lora_rank, args.lora_alpha, args.lora_target_modules],
+        "learning rate and schedule": [args.learning_rate, args.lr_scheduler, args.lr_warmup_steps],
+        "betas, epsilon and decay": [args.adam_beta1, args.adam_beta2, args.adam_epsilon, args.adam_weight_decay],
+    }
+    repo_id, two_experts = args.hub_model_id or Path(args.output_dir).resolve().name, model.boundary_ratio is not None
+    return Run(Path(args.output_dir), vars(args), model.expert, two_experts, dtype, identity, repo_id)
+
+
+def create_repository(run):
+    """Creates the repository to push to, if it is not there. Returns the [`Run`] with its whole name."""
+    options = {"private": run.flags["hub_private_repo"], "token": run.flags["hub_token"], "exist_ok": True}
+    with input_error(f"`--push_to_hub` cannot create `{run.repo_id}`; see `--hub_model_id` and `--hub_token`"):
+        repo = with_retries(lambda: huggingface_hub.create_repo(run.repo_id, **options))
+    return run._replace(repo_id=repo.repo_id)
+
+
+def prepare_output_dir(accelerator, run):
     """Clears what an earlier run left if `--overwrite_output_dir`, and starts logging, details to `train.log` only."""
     logging.basicConfig(format=LOG_FORMAT, datefmt="%m/%d/%Y %H:%M:%S")
     for handler in logging.getLogger().handlers:
         handler.setLevel(logging.INFO)
     logger.setLevel(logging.DEBUG)
-    output = Path(args.output_dir)
     if accelerator.is_main_process:
-        if args.overwrite_output_dir and not args.resume_from_checkpoint:
-            events = Path(args.logging_dir, TRACKER_NAME)
-            for folder in [args.transformer_subfolder, "images", events, *output.glob("checkpoint-*")]:
+        output, events = run.output_dir, Path(run.flags["logging_dir"], TRACKER_NAME)
+        if run.flags["overwrite_output_dir"] and not run.flags["resume_from_checkpoint"]:
+            for folder in [run.expert, "images", events, *output.glob("checkpoint-*")]:
                 shutil.rmtree(output / folder, ignore_errors=True)
-            for name in ("README.md", "train.log", "reward.png", "before_after.png", LORA_WEIGHT_NAME_SAFE):
+            for name in ("README.md", "train.log", "reward.png", "before_after.png", LORA_FILE):
                 (output / name).unlink(missing_ok=True)
         output.mkdir(parents=True, exist_ok=True)
         handler = logging.FileHandler(output / "train.log")
@@ -1443,257 +1683,255 @@ def prepare_output_dir(accelerator, args):
     accelerator.wait_for_everyone()
 
 
-def make_validation_set(accelerator, args, dataset, dtype):
-    """
-    The [`ValidationSet`] of `--validation_prompts`, or `None` without any. Prompts that are not in the dataset are
-    encoded by the main process with the model's text encoder, which is freed again.
-    """
-    rows = dataset["train"]
-    row_of = {caption: index for index, caption in enumerate(rows["caption"])}
-    captions = list(row_of)[:4] if args.validation_prompts is None else args.validation_prompts
-    if not captions:
-        return None
-    missing = [caption for caption in captions if caption not in row_of]
-    encoded = [None]
-    if missing and accelerator.is_main_process:
-        logger.info(f"Encoding {len(missing)} validation prompts that are not in the dataset.")
-        options = {"variant": args.variant, "dtype": torch.bfloat16, "vae": None, "transformer": None}
-        pipeline = WanPipeline.from_pretrained(**model_source(args), **options, transformer_2=None)
-        encode_prompt = pipeline.to(accelerator.device).encode_prompt
-        with torch.no_grad():
-            encoded[0] = encode_prompt(missing, None, False, max_sequence_length=args.max_sequence_length)[0].cpu()
-        del pipeline
-    broadcast_object_list(encoded)
-    embeds = dict(zip(missing, encoded[0].to(dtype), strict=True)) if missing else {}
-    for caption in set(captions) - set(missing):
-        embeds[caption] = collate_fn([rows[row_of[caption]]], args.max_sequence_length, dtype)["prompt_embeds"][0]
-    negative = collate_fn([dataset["negative"][0]], args.max_sequence_length, dtype)["prompt_embeds"]
-    return ValidationSet(captions, torch.stack([embeds[caption] for caption in captions]), negative)
+def handle_stop_signals(handler, _worker=None):
+    """Sets what this process, the run or one that loads data for it, does when it gets SIGTERM or SIGINT."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
 
 
-def main(args):
-    repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
-    # Refuse what cannot succeed before any model is loaded.
-    with one_line_errors():
-        check_output_dir(args)
-        model = read_model_info(args)
-        check_sizes(args, model)
-        check_window(args, model)
-        dataset = check_dataset(args, model)
-        check_reward(args)
-        accelerator = make_accelerator(args)
-        run = describe_run(accelerator, args)
-        checkpoint, state = find_checkpoint(args, run)
-        if args.push_to_hub and accelerator.is_main_process:
-            options = {"private": args.hub_private_repo, "token": args.hub_token, "exist_ok": True}
-            with blame(f"`--push_to_hub` cannot create `{repo_id}`; see `--hub_model_id` and `--hub_token`"):
-                repo_id = with_retries(lambda: huggingface_hub.create_repo(repo_id, **options)).repo_id
-        prepare_output_dir(accelerator, args)
-    first_step, history = state["global_step"], state["history"]
-    if args.resume_from_checkpoint and checkpoint is None:
-        logger.warning(f"`{args.output_dir}` holds no checkpoint yet: training starts at step 0.")
-    logger.info(accelerator.state, main_process_only=False)
-    transformers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.set_verbosity_error()
-    transformers.set_seed(args.seed)
-    if args.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+def set_up_transformer(transformer, args):
+    """Decides what of a transformer is trained, all or a LoRA, and how it is stored and computed. Returns it in eval
+    mode: the dropout of a LoRA, too, belongs to the graded step alone."""
+    from peft import LoraConfig
 
-    # Precision: AdamW under autocast needs the weights themselves in float32. DeepSpeed keeps float32 master weights
-    # of its own, adamw_8bit rounds stochastically, and the base of a LoRA is not trained.
-    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-    weight_dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    full_precision = not deepspeed and args.optimizer == "adamw" and args.lora_rank is None
-    transformer_dtype = torch.float32 if full_precision else weight_dtype
-    reward_dtype = {None: weight_dtype, "fp32": torch.float32, "bf16": torch.bfloat16}[args.reward_dtype]
+    from diffusers.training_utils import cast_training_params
 
-    # Load models. Captions were encoded before, so the text encoder stays on disk.
-    validation = make_validation_set(accelerator, args, dataset, transformer_dtype)
-    source = model_source(args)
-    weights = {**source, "variant": args.variant}
-    vae = AutoencoderKLWan.from_pretrained(**weights, subfolder="vae", dtype=weight_dtype)
-    flatten_vae(vae).requires_grad_(False).eval().to(accelerator.device)
-    reward_model = load_reward_model(args, accelerator.device, reward_dtype)
-    expert = {"subfolder": args.transformer_subfolder, "dtype": transformer_dtype}
-    transformer = WanTransformer3DModel.from_pretrained(**weights, **expert).requires_grad_(True)
+    transformer.requires_grad_(args.lora_rank is None)
+    dtype = transformer.dtype
     if args.lora_rank is not None:
-        torch.manual_seed(args.seed)  # all processes make the same LoRA
-        add_lora(transformer, args)
+        options = {"lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout, "init_lora_weights": "gaussian"}
+        transformer.add_adapter(LoraConfig(r=args.lora_rank, target_modules=args.lora_target_modules, **options))
         cast_training_params(transformer, torch.float32)
     if args.base_weights == "fp8":
-        transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=transformer_dtype)
+        transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if args.compile:
         transformer.compile_repeated_blocks()
-    transformer.eval()  # a new LoRA, too: its dropout belongs to the graded step
-    if deepspeed:
-        partition_weights(accelerator, transformer, transformer_dtype)
+    return transformer.eval()
+
+
+def load_models(accelerator, args, model, dtypes):
+    """The [`Models`] of the flags, without the embedding of the negative prompt. Frozen models are on their device,
+    the transformer is where it was loaded. `dtypes` are those of [`choose_dtypes`]."""
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+
+    device, reward_dtype = accelerator.device, torch.bfloat16 if args.reward_dtype == "bf16" else torch.float32
+    vae = AutoencoderKLWan.from_pretrained(**model.source, subfolder="vae", dtype=dtypes[0])
+    if args.reward_model == "HPS":
+        reward = HPSReward(args.reward_model_path, device, reward_dtype)
+    else:
+        reward = CLIPReward(args.reward_model_path, args.reward_processor_path, device, reward_dtype)
+
+    def load_expert(dtype):
+        transformer = WanTransformer3DModel.from_pretrained(**model.source, subfolder=model.expert, dtype=dtype)
+        keep_rotary_tables(transformer, device)
+        return transformer
+
+    transformer, base = load_expert(dtypes[1]), None
+    torch.manual_seed(args.seed)  # all processes make the same LoRA
+    set_up_transformer(transformer, args)
+    if args.drift_weight and args.lora_rank is None:
+        base = load_expert(dtypes[0]).requires_grad_(False).eval()
     scheduler = make_scheduler(args.rollout_scheduler, args.rollout_shift or model.flow_shift)
-
-    optimizer = make_optimizer(args, transformer.parameters())
-    rotary_tables = [table.clone() for table in transformer.rope.buffers()]
-    transformer, optimizer = accelerator.prepare(transformer, optimizer)
-    # With offload, DeepSpeed's AdamW for the CPU replaces the optimizer; the schedule must set the rate of that one.
-    adam = optimizer.optimizer.optimizer if deepspeed else optimizer.optimizer
-    forget_powers(adam)
-    steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
-    lr_scheduler = get_scheduler(args.lr_scheduler, adam, **steps)
-    accelerator.register_for_checkpointing(lr_scheduler)
-    if args.lora_rank is not None:
-        accelerator.register_save_state_pre_hook(leave_out_frozen)
-    # DeepSpeed casts a whole module to bfloat16, and three digits of a cosine are too few for a position.
-    for buffer, table in zip(accelerator.unwrap_model(transformer).rope.buffers(), rotary_tables, strict=True):
-        buffer.data = table.to(accelerator.device)
-
-    # One expert paints validation images alone, from noise to image, so the pipeline needs no boundary.
-    parts = {"tokenizer": None, "text_encoder": None, "vae": vae, "expand_timesteps": model.expand_timesteps}
-    parts["scheduler"] = UniPCMultistepScheduler.from_pretrained(**source, subfolder="scheduler")
-    pipeline = WanPipeline(**parts, transformer=accelerator.unwrap_model(transformer))
-    pipeline.set_progress_bar_config(disable=True)
-    validate = partial(log_validation, accelerator, pipeline, reward_model, validation, args)
-
-    config = {name: str(value) for name, value in vars(args).items() if name != "hub_token"}
-    accelerator.init_trackers(TRACKER_NAME, config=config)
-    save = partial(save_checkpoint, accelerator, args, transformer, weight_dtype, run)
-    publish = partial(save_results, accelerator, args, transformer, weight_dtype, repo_id, model=model)
-
-    def validate_if_due(step):
-        due = step % args.validation_steps == 0 or step == args.max_train_steps
-        done = any(row["step"] == step and "validation_reward" in row for row in history)
-        if validation is not None and due and not done:
-            history.append({"step": step, **validate(step)})
-
-    if checkpoint is not None:
-        if validation is not None and not Path(args.output_dir, "images/step-0/scores.json").is_file():
-            validate(0)  # the base model, to compare with
-        lenient = {} if args.lora_rank is None else {"load_module_strict" if deepspeed else "strict": False}
-        accelerator.load_state(str(checkpoint), **lenient)  # the frozen weights under a LoRA are there already
-        logger.info(f"Resumed from {checkpoint} at step {first_step}")
-    validate_if_due(first_step)
-
-    accumulation, reuse = args.gradient_accumulation_steps, args.updates_per_rollout
-    rollouts = range(first_step // reuse * accumulation, -(-args.max_train_steps // reuse) * accumulation)
-    share = args.train_batch_size, accelerator.process_index, accelerator.num_processes
-    sampler = SampleSampler(len(dataset["train"]), args.seed, rollouts, *share)
     boundary = model.boundary_ratio if args.rollout_start == "boundary" else None
-    columns = ["caption", "prompt_embeds", *(BOUNDARY_COLUMNS if boundary is not None else ())]
+    return Models(
+        transformer=transformer,
+        vae=flatten_vae(vae).requires_grad_(False).eval().to(device),
+        reward=reward,
+        solver=Solver(scheduler, args.sampling_steps, args.rollout_guidance_scale, boundary),
+        token_patch=model.transformer.config.patch_size if model.expand_timesteps else None,
+        base=base,
+    )
+
+
+def make_optimizer(args, parameters):
+    """AdamW over the trainable ones of `parameters`. DeepSpeed replaces it by its own if that runs on the CPU."""
+    parameters = [parameter for parameter in parameters if parameter.requires_grad]
+    optimizer = partial(torch.optim.AdamW, fused=True)  # one kernel for all weights
+    if args.optimizer == "adamw_8bit":
+        from torchao.optim import AdamW8bit  # optional
+
+        # An update of 5e-6 is less than half a bf16 unit of most weights: rounded to the nearest, it would be lost.
+        optimizer = partial(AdamW8bit, bf16_stochastic_round=True)
+    betas = (args.adam_beta1, args.adam_beta2)
+    return optimizer(parameters, args.learning_rate, betas, args.adam_epsilon, args.adam_weight_decay)
+
+
+def make_validation(args, dataset, collate, model, models):
+    """The [`Validation`] of the flags, or `None` if nothing is to be painted. It needs no text encoder."""
+    from diffusers import UniPCMultistepScheduler, WanPipeline
+
+    rows = {row["caption"]: row for row in dataset.get("validation", ())}
+    captions = list(rows) or list(dict.fromkeys(dataset["train"]["caption"]))[:4]
+    captions = captions if args.validation_prompts is None else args.validation_prompts
+    if not captions:
+        return None
+    numbers = {caption: index for index, caption in enumerate(dataset["train"]["caption"])}
+    rows = [rows.get(caption) or dataset["train"][numbers[caption]] for caption in captions]
+    # One expert paints alone, from noise to image, so the pipeline needs no boundary.
+    parts = {"tokenizer": None, "text_encoder": None, "vae": models.vae, "expand_timesteps": model.expand_timesteps}
+    parts["scheduler"] = UniPCMultistepScheduler.from_pretrained(**model.source, subfolder="scheduler")
+    pipeline = WanPipeline(**parts, transformer=models.transformer)
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = captions, collate(rows)["prompt_embeds"], models.negative_prompt_embeds
+    names = ("captions", "prompt_embeds", "negative_prompt_embeds", "pipeline", "reward", "folder")
+    values = *prompts, pipeline, models.reward, Path(args.output_dir, "images")
+    return settings_of(Validation, vars(args) | dict(zip(names, values, strict=True)))
+
+
+def make_batches(sampler, rows, collate, num_workers, pin_memory):
+    """An iterator over the micro-batches of this process: pairs of sample numbers and what `collate` made of them."""
     dataloader = torch.utils.data.DataLoader(
-        dataset["train"].select_columns(columns).with_format("numpy"),
+        rows.with_format("numpy"),
         batch_sampler=sampler,
-        collate_fn=partial(collate_fn, max_sequence_length=args.max_sequence_length, dtype=transformer_dtype),
-        num_workers=args.dataloader_num_workers,
-        pin_memory=accelerator.device.type == "cuda",
+        collate_fn=collate,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
         worker_init_fn=partial(handle_stop_signals, signal.SIG_IGN),
     )
-    batches = iter(dataloader)
-    negative = collate_fn([dataset["negative"][0]], args.max_sequence_length, transformer_dtype)["prompt_embeds"]
-    negative = negative.to(accelerator.device)
+    return zip(map(sampler.samples, sampler.numbers), dataloader, strict=True)
 
-    train_sigmas = make_train_sigmas(args.num_inference_steps, args.shift, args.train_timestep, args.timestep_length)
-    latent_shape = (model.in_channels, 1, args.height // model.vae_scale_factor, args.width // model.vae_scale_factor)
-    tokens = latent_shape[2] // model.patch_size[1] * (latent_shape[3] // model.patch_size[2])
-    velocity_fn = partial(predict_velocity, transformer, tokens_per_sample=tokens if model.expand_timesteps else None)
 
-    def roll_out(start, embeds):
-        solver = {"num_steps": args.sampling_steps, "guidance_scale": args.rollout_guidance_scale}
-        return rollout(velocity_fn, scheduler, start, embeds, negative.expand_as(embeds), **solver, boundary=boundary)
+def gather_means(accelerator, metrics, received):
+    """The means of {name: tensor of shape ()} over all processes, as floats, and the signal, if any, that one of them
+    has `received`. Apart from what UniPC and DeepSpeed do, this is where an update waits for the GPU."""
+    received = torch.tensor(float(received), device=accelerator.device)
+    gathered = accelerator.gather(torch.stack([*metrics.values(), received])[None])
+    *means, received = torch.cat([gathered.mean(0)[:-1], gathered.max(0).values[-1:]]).tolist()
+    return dict(zip(metrics, means, strict=True)), int(received)
 
-    size = args.rollout_batch_size or args.train_batch_size
-    samples_per_step = args.train_batch_size * accelerator.num_processes * accumulation
+
+def main(args):
+    from diffusers.optimization import get_scheduler
+
+    # 1. Refuse what cannot succeed before any model is loaded.
+    with one_line_errors():
+        check_output_dir(args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir)
+        model = read_model_info(args)
+        check_flags_for_model(args, model)
+        dataset = check_dataset(args, model)
+        check_reward(args)
+        check_model_files(model)
+        accelerator = make_accelerator(args)
+        config, device = deepspeed_config(accelerator), accelerator.device
+        engine = accelerator.mixed_precision, args.optimizer, args.lora_rank, config is not None
+        dtypes = choose_dtypes(*engine)
+        run = make_run(accelerator, args, model, dtypes[0])
+        checkpoint, state = find_checkpoint(run, args.resume_from_checkpoint, args.max_train_steps)
+        if args.push_to_hub and accelerator.is_main_process:
+            run = create_repository(run)
+        prepare_output_dir(accelerator, run)
+    if args.resume_from_checkpoint and checkpoint is None:
+        logger.warning(f"`{args.output_dir}` holds no checkpoint yet: training starts at step 0.")
+    logger.info(accelerator.state, main_process_only=False)
+    set_seed(args.seed)
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+
+    # 2. Load models and data. Captions were encoded before, so the text encoder stays on disk.
+    collate = partial(collate_fn, max_sequence_length=args.max_sequence_length, dtype=dtypes[1])
+    negative = collate([dataset["negative"][0]])["prompt_embeds"].to(device)
+    models = load_models(accelerator, args, model, dtypes)._replace(negative_prompt_embeds=negative)
+    validation = make_validation(args, dataset, collate, model, models)
+    transformer, base = models.transformer, models.base
+    partition_weights(transformer, config)
+    optimizer = make_optimizer(args, transformer.parameters())
+    transformer, optimizer = accelerator.prepare(transformer, optimizer)
+    models = models._replace(transformer=transformer, base=base and prepare_base(accelerator, base))
+    # With offload, DeepSpeed's AdamW for the CPU replaces the optimizer; the schedule must set the rate of that one.
+    adam = optimizer.optimizer if config is None else optimizer.optimizer.optimizer
+    recompute_bias_correction(adam)
+    lr_scheduler = get_scheduler(args.lr_scheduler, adam, None, args.lr_warmup_steps, args.max_train_steps)
+    accelerator.register_for_checkpointing(lr_scheduler)
+    if args.lora_rank is not None:
+        accelerator.register_save_state_pre_hook(keep_lora_only)
+    flags = {name: str(value) for name, value in vars(args).items() if name != "hub_token"}
+    accelerator.init_trackers(TRACKER_NAME, config=flags)
+
+    # 3. Paint what the base model paints, and go on where a checkpoint stands.
+    def validate_if_due():
+        due = state.step % args.validation_steps == 0 or state.step == args.max_train_steps
+        done = any(row["step"] == state.step and "validation_reward" in row for row in state.history)
+        if validation is not None and due and not done:
+            validate(accelerator, validation, state)
+
+    if checkpoint is not None:
+        if validation is not None and not (validation.folder / "step-0" / "scores.json").is_file():
+            validate(accelerator, validation, RunState())
+        lenient = "strict" if config is None else "load_module_strict"  # frozen weights under a LoRA are there already
+        accelerator.load_state(str(checkpoint), **({} if args.lora_rank is None else {lenient: False}))
+        logger.info(f"Resumed from {checkpoint} at step {state.step}")
+    validate_if_due()
+
+    # 4. What an update is made of.
+    recipe, scale = settings_of(Recipe, vars(args)), model.vae.config.scale_factor_spatial
+    shape = model.transformer.config.in_channels, 1, args.height // scale, args.width // scale
+    accumulation, reuses = args.gradient_accumulation_steps, args.updates_per_rollout
+    numbers = range(state.step // reuses * accumulation, -(-args.max_train_steps // reuses) * accumulation)
+    share = args.train_batch_size, accelerator.process_index, accelerator.num_processes
+    sampler = SampleSampler(len(dataset["train"]), args.seed, numbers, *share)
+    columns = ["caption", "prompt_embeds", *(BOUNDARY_COLUMNS if args.rollout_start == "boundary" else ())]
+    rows = dataset["train"].select_columns(columns)
+    batches = make_batches(sampler, rows, collate, args.dataloader_num_workers, device.type == "cuda")
+    samples_per_update = args.train_batch_size * accelerator.num_processes * accumulation
     logger.info("***** Running training *****")
-    logger.info(f"  Num captions = {len(dataset['train'])}")
-    logger.info(f"  Total train batch size (w. parallel, distributed & accumulation) = {samples_per_step}")
+    logger.info(f"  Num captions = {len(rows)}")
+    logger.info(f"  Total train batch size (w. parallel, distributed & accumulation) = {samples_per_update}")
     logger.info(f"  Total optimization steps = {args.max_train_steps}")
-    logger.info(f"  Trained noise levels = {train_sigmas[0]:.3f} to {train_sigmas[-1]:.3f}")
+    logger.info(f"  Trained noise levels = {recipe.train_sigmas[0]:.3f} to {recipe.train_sigmas[-1]:.3f}")
     bar = {"desc": "Steps", "disable": not accelerator.is_local_main_process}  # one on each machine
-    progress_bar = tqdm(total=args.max_train_steps, initial=first_step, **bar)
+    progress_bar = tqdm(total=args.max_train_steps, initial=state.step, **bar)
     # A signal is remembered, so that the update at hand is finished and saved before the run ends.
-    signals, stopped_by = [0], 0
+    signals = [0]
     handle_stop_signals(lambda number, _frame: signals.append(number))
 
-    for step in range(first_step, args.max_train_steps):
+    for step in range(state.step, args.max_train_steps):
         started = time.perf_counter()
-        # 1. What the whole step shares: the position in the training grid and the control words.
-        last_position, generator = args.timestep_length - POSITION_MARGIN, make_generator(args.seed, POSITION, step)
-        position = torch.randint(POSITION_MARGIN, last_position + 1, (), generator=generator).item()
-        branches = make_branches(args, train_sigmas, position)
-        words = [words[step % len(words)] for words in (args.positive_words, args.negative_words)]
-        curve = args.loss_weight_shift
-        weight = 1.0 if curve is None else shift_sigmas(position / args.timestep_length, curve)
-        torch.manual_seed(make_generator(args.seed, GLOBAL, step, accelerator.process_index).initial_seed())
-
-        # 2. Captions and what their images start from, then clean latents, rolled out without gradient. Updates may
-        # share them: SRPO wants known images, which need not be of the newest weights.
-        group, update = divmod(step, reuse)
-        if update == 0:
-            numbers = range(group * accumulation, (group + 1) * accumulation)
-            shares = [(next(batches), sampler.samples(number)) for number in numbers]
-            starts = [make_starts(args, group, samples, latent_shape, batch) for batch, samples in shares]
-            embeds = [batch["prompt_embeds"].to(accelerator.device, non_blocking=True) for batch, _ in shares]
-            embeds, latents, noise = (torch.cat(tensors) for tensors in (embeds, *zip(*starts, strict=True)))
-            latents, noise = (tensor.to(accelerator.device, non_blocking=True) for tensor in (latents, noise))
-            x0 = torch.cat([roll_out(*part) for part in zip(latents.split(size), embeds.split(size), strict=True)])
+        group, reuse = divmod(step, reuses)
+        # 5. Clean latents, rolled out without gradient. Several updates may share them.
+        if reuse == 0:
+            batch_size = args.rollout_batch_size or args.train_batch_size
+            rollouts = make_rollouts(models, islice(batches, accumulation), recipe, shape, group, batch_size)
         elif args.renew_noise:
-            noise = [make_noise(args, group, samples, latent_shape, update) for _, samples in shares]
-            noise = torch.cat(noise).to(accelerator.device, non_blocking=True)
-
-        step_metrics = []
-        parts = (tensor.split(args.train_batch_size) for tensor in (x0, noise, embeds))
-        for (batch, _), *part in zip(shares, *parts, strict=True):
-            with accelerator.accumulate(transformer):
-                # 3. Inject noise, step, recover, decode, score.
-                transformer.train()
-                loss, metrics = graded_pass(
-                    velocity_fn, vae, reward_model, *part, batch["captions"], words, branches, args, weight
-                )
-                # 4. Back-propagate and update.
-                accelerator.backward(loss)
-                transformer.eval()
-                if accelerator.sync_gradients:
-                    grad_norm = accelerator.clip_grad_norm_(transformer.parameters(), args.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-                step_metrics.append(torch.stack(list(metrics.values())))
-
-        # 5. Log. Here alone the update waits for the GPU, but for what UniPC and DeepSpeed do themselves.
-        received = torch.tensor([float(signals[-1])], device=accelerator.device)
-        gathered = accelerator.gather(torch.cat([torch.stack(step_metrics).mean(0), received])[None])
-        *means, received = torch.cat([gathered.mean(0)[:-1], gathered.max(0).values[-1:]]).tolist()
-        means = {**dict(zip(metrics, means, strict=True)), "grad_norm": float(grad_norm)}
-        stopped_by = int(received) if (step + 1) % reuse == 0 else 0  # a rollout is not saved, so it is used up first
-        if not np.isfinite(list(means.values())).all():
-            raise SystemExit(f"error: not finite at step {step + 1}: {means}")
-        seconds = time.perf_counter() - started
-        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        peak = torch.cuda.max_memory_allocated() if accelerator.device.type == "cuda" else host
-        logs = {**means, "lr": float(lr_scheduler.get_last_lr()[0]), "sigma": branches[0].sigma_to}
-        logs |= {"seconds": seconds, "images_per_second": samples_per_step / seconds, "peak_memory_gb": peak / 1e9}
+            rollouts = [renew_noise(rollout, recipe, group, reuse) for rollout in rollouts]
+        # 6. Inject noise, step, recover, decode, score, back-propagate, update.
+        metrics = update(accelerator, models, optimizer, rollouts, recipe, step)
+        # 7. Log.
+        metrics, received = gather_means(accelerator, metrics, signals[-1])
+        if not np.isfinite(list(metrics.values())).all():
+            raise SystemExit(f"error: not finite at step {step + 1}: {metrics}")
+        seconds, host = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else host
+        logs = {**metrics, "lr": float(lr_scheduler.get_last_lr()[0]), "seconds": seconds}
+        logs |= {"images_per_second": samples_per_update / seconds, "peak_memory_gb": peak / 1e9}
         lr_scheduler.step()
-        history.append({"step": (done := step + 1), **logs})
-        accelerator.log(logs, step=done)
+        state.step += 1
+        state.history.append({"step": state.step, **logs})
+        accelerator.log(logs, step=state.step)
         progress_bar.update(1)
         progress_bar.set_postfix(loss=f"{logs['loss']:.4f}", reward=f"{logs['reward_positive']:.4f}")
-        logger.debug(f"step {done}: " + ", ".join(f"{name} {value:.5g}" for name, value in logs.items()))
-
-        # 6. Images and checkpoints.
-        if not stopped_by:
-            validate_if_due(done)
-        if done % args.checkpointing_steps == 0 or stopped_by:
-            save(done, history)
-        if stopped_by:
+        logger.debug(f"step {state.step}: " + ", ".join(f"{name} {value:.5g}" for name, value in logs.items()))
+        # 8. Images and checkpoints. A rollout is not saved, so it is used up before the run stops.
+        state.stopped_by = received if reuse == reuses - 1 else 0
+        if not state.stopped_by:
+            validate_if_due()
+        if state.step % args.checkpointing_steps == 0 or state.stopped_by:
+            save_checkpoint(accelerator, transformer, run, state)
+            if args.hub_strategy == "checkpoint" and not state.stopped_by and state.step < args.max_train_steps:
+                save_results(accelerator, transformer, run, state)
+        if state.stopped_by:
             break
-        if args.hub_strategy == "checkpoint" and done % args.checkpointing_steps == 0 and done < args.max_train_steps:
-            publish(history)
 
     progress_bar.close()
-    if not stopped_by:
-        publish(history)
+    if not state.stopped_by:
+        save_results(accelerator, transformer, run, state)
     accelerator.end_training()
-    if stopped_by:
+    if state.stopped_by:
         how = "Continue with the same command and `--resume_from_checkpoint latest`."
-        logger.warning(f"Stopped by {signal.Signals(stopped_by).name} after {done} updates, which are saved. {how}")
-        raise SystemExit(128 + stopped_by)
+        name = signal.Signals(state.stopped_by).name
+        logger.warning(f"Stopped by {name} after {state.step} updates, which are saved. {how}")
+        raise SystemExit(128 + state.stopped_by)
 
 
 if __name__ == "__main__":
