@@ -11,17 +11,15 @@ Preference Optimization (https://arxiv.org/abs/2509.06942). Captions come from `
 
 This file follows one update: plan it (`plan_update`), paint images without gradient (`make_rollouts`), put known noise
 back in and take one graded step (`direct_align_step`), decode it (`decode_latents`), score it with a preference model
-relative to a positive and a negative control word (`srp_score`), and back-propagate (`graded_pass`, `update`). Then
-come weights, validation, checkpoints, flags and `main`.
+relative to a positive and a negative control word (`srp_score`), and back-propagate (`graded_pass`, `update`).
 
 Departures from the published code (https://github.com/Tencent-Hunyuan/SRPO), which trains FLUX:
 - The denoise and the inversion branch are one batch: one forward and one backward pass instead of two.
 - `--gradient_accumulation_steps` counts rollouts, whatever branches each has; the published loop counts branches.
 - Wan has no embedded guidance: rollouts use classifier-free guidance, the graded step uses none.
-- The default window of noise levels is the low-noise expert's part of a schedule without shift, and rollouts take 10
-  steps of UniPC; docs/recipes.md has the flags of the published runs.
-- Every random draw is a function of the seed, the sample and the update. So a resumed run repeats the run that it
-  continues, and an update is the same, up to rounding, however its samples are spread over processes.
+- The default window of noise levels suits the low-noise expert, and rollouts take 10 steps of UniPC; docs/recipes.md
+  has the flags of the published runs.
+- Every random draw is a function of the seed, the sample and the update: a resumed run repeats the run it continues.
 - On single images the VAE works as a 2-D network, which equals the 3-D one there.
 - Images that are not square are padded, not cropped, before HPS sees them, as HPSv2 itself does.
 - `--drift_weight` can hold the velocity near that of the untrained expert.
@@ -30,6 +28,7 @@ Departures from the published code (https://github.com/Tencent-Hunyuan/SRPO), wh
 import argparse
 import copy
 import hashlib
+import importlib
 import importlib.util
 import json
 import logging
@@ -55,14 +54,34 @@ import torch.nn.functional as F
 from accelerate import Accelerator, DistributedType
 from accelerate.logging import get_logger
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, gather_object, set_seed
+from accelerate.utils import (
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    extract_model_from_parallel,
+    gather_object,
+    set_seed,
+)
 from PIL import Image
 from safetensors import safe_open
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
 
-# Libraries that take seconds to import are imported where they are used, so that `--help` answers at once.
+class LazyModule:
+    """A module that is imported when it is first used, so that `--help` and wrong flags are answered at once."""
+
+    def __init__(self, name):
+        self.__name__ = name
+
+    def __getattr__(self, attribute):
+        return getattr(importlib.import_module(self.__name__), attribute)
+
+
+datasets, deepspeed, diffusers, open_clip, peft, transformers = map(
+    LazyModule, ("datasets", "deepspeed", "diffusers", "open_clip", "peft", "transformers")
+)
+wan_vae = LazyModule("diffusers.models.autoencoders.autoencoder_kl_wan")
+TF = LazyModule("torchvision.transforms.v2.functional")
 
 logger = get_logger(__name__)
 TRACKER_NAME = "srpo-wan-t2i"
@@ -80,10 +99,8 @@ HPS_REPOSITORY, HPS_FILE, HPS_ARCHITECTURE = "xswu/HPSv2", "HPS_v2.1_compressed.
 PICKSCORE_REPOSITORY = "yuvalkirstain/PickScore_v1"
 PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
-# The linear layers that diffusers' own scripts for Wan adapt: all of the attention.
+# The linear layers that diffusers' own scripts for Wan adapt, all of the attention, and its name for the file.
 LORA_TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0")
-
-# The name that diffusers gives to a file with a LoRA.
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 # First words of the names of files of weights, and the layers by whose weights a model is identified.
@@ -317,9 +334,7 @@ def draw_starts(recipe, shape, group, samples, batch):
 
 
 def load_prompt_dataset(path, cache_dir=None):
-    """What `embed_prompts.py` wrote, from a folder or the Hub: a `DatasetDict` of `train`, `negative`, `validation`."""
-    import datasets
-
+    """The `DatasetDict` that `embed_prompts.py` wrote, from a folder or the Hub."""
     if Path(path).is_dir() and (Path(path) / "dataset_dict.json").is_file():
         return datasets.load_from_disk(path)
     return datasets.load_dataset(path, cache_dir=cache_dir)
@@ -358,11 +373,9 @@ def transformer_velocity(transformer, latents, sigma, prompt_embeds, token_patch
 
 def make_scheduler(name, shift):
     """Diffusers' scheduler `euler`, or `unipc`, which is nearer to the exact solution; `shift` is `flow_shift`."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
-
     if name == "euler":
-        return FlowMatchEulerDiscreteScheduler(shift=shift)
-    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+        return diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    return diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
 
 
 class Solver(NamedTuple):
@@ -415,11 +428,9 @@ class ImageConv(torch.nn.Conv2d):
 def flatten_vae(vae):
     """Turns an `AutoencoderKLWan` into one for single images, which gives the same: a causal 3-D convolution sees the
     image behind frames of zeros, so of its kernel only the last temporal slice matters, which is a 2-D one."""
-    from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
-
     for module in list(vae.modules()):
         for name, child in module.named_children():
-            if isinstance(child, WanCausalConv3d):
+            if isinstance(child, wan_vae.WanCausalConv3d):
                 setattr(module, name, ImageConv(child).requires_grad_(child.weight.requires_grad))
     return vae
 
@@ -429,8 +440,6 @@ def decode_latents(vae, latents):
     1], and the share of values that were clamped, (), which carry no gradient. The same as `vae.decode`, except that
     the decoder's blocks are checkpointed where gradients flow: `AutoencoderKLWan` has no gradient checkpointing, and
     its cache of frames, which one frame does not need, would break the recomputation."""
-    from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
-
     mean, std = (
         torch.tensor(values, dtype=latents.dtype).to(latents.device, non_blocking=True).view(1, -1, 1, 1, 1)
         for values in (vae.config.latents_mean, vae.config.latents_std)
@@ -442,7 +451,7 @@ def decode_latents(vae, latents):
         x = checkpoint(block, x, use_reentrant=False) if x.requires_grad else block(x)
     x = decoder.conv_out(decoder.nonlinearity(decoder.norm_out(x)))
     if vae.config.patch_size is not None:
-        x = unpatchify(x, patch_size=vae.config.patch_size)
+        x = wan_vae.unpatchify(x, patch_size=vae.config.patch_size)
     pixels = x[:, :, 0].float()
     saturated = (pixels.detach().abs() > 1).float().mean()
     return pixels.clamp(-1, 1) / 2 + 0.5, saturated
@@ -453,8 +462,6 @@ def preprocess_pixels(pixels, image_size, mean, std, keep_borders):
     """Differentiable preprocessing for CLIP-like encoders: pixels (B, 3, H, W) in [0, 1] -> (B, 3, size, size),
     normalised by the `mean` and `std` of each channel. With `keep_borders` the longer side is fitted and the rest is
     black, as HPSv2's `ResizeMaxSize` does it; otherwise the centre is cropped, as CLIP's processor does it."""
-    import torchvision.transforms.v2.functional as TF
-
     height, width = pixels.shape[-2:]
     scale = image_size / (max if keep_borders else min)(height, width)
     height, width = round(height * scale), round(width * scale)
@@ -498,7 +505,7 @@ class RewardModel(torch.nn.Module):
         return torch.stack([self.text_cache[text] for text in texts])
 
     def rewards(self, pixels, texts):
-        """Images (B, 3, H, W) in [0, 1] and N lists of B strings -> (N, B): the rewards of the images for each list."""
+        """Images (B, 3, H, W) in [0, 1] and N lists of B strings -> (N, B): their rewards for each list."""
         features = self.encode_images(pixels)
         return self.scale * torch.stack([(features * self.encode_texts(each)).sum(-1) for each in texts])
 
@@ -526,8 +533,6 @@ class HPSReward(RewardModel):
     scale = 1.0
 
     def __init__(self, path, device="cpu", dtype=torch.float32, architecture=HPS_ARCHITECTURE):
-        import open_clip
-
         super().__init__()
         self.model = self.empty_model(architecture)
         self.model.load_state_dict(self.read_weights(path), assign=True)
@@ -538,8 +543,6 @@ class HPSReward(RewardModel):
 
     @staticmethod
     def empty_model(architecture=HPS_ARCHITECTURE):
-        import open_clip
-
         with torch.device("meta"):
             model = open_clip.CLIP(**open_clip.get_model_config(architecture))
         length = model.context_length  # the causal mask is the one buffer that no checkpoint holds
@@ -564,11 +567,9 @@ class CLIPReward(RewardModel):
     keep_borders = False
 
     def __init__(self, path, processor_path, device="cpu", dtype=torch.float32):
-        from transformers import CLIPModel, CLIPProcessor
-
         super().__init__()
-        self.model = CLIPModel.from_pretrained(path, dtype=torch.float32)
-        processor = CLIPProcessor.from_pretrained(processor_path)
+        self.model = transformers.CLIPModel.from_pretrained(path, dtype=torch.float32)
+        processor = transformers.CLIPProcessor.from_pretrained(processor_path)
         self.tokenizer = processor.tokenizer
         self.image_size = self.model.config.vision_config.image_size
         self.mean, self.std = processor.image_processor.image_mean, processor.image_processor.image_std
@@ -605,8 +606,11 @@ class Models(NamedTuple):
         """The velocity of the untrained expert: of the frozen copy, or of the same weights with the LoRA off."""
         if self.base is not None:
             return transformer_velocity(self.base, latents, sigma, prompt_embeds, self.token_patch)
-        with lora_off(self.transformer):
-            return self.velocity(latents, sigma, prompt_embeds)
+        bare = extract_model_from_parallel(self.transformer)
+        bare.disable_adapters()
+        velocity = self.velocity(latents, sigma, prompt_embeds)
+        bare.enable_adapters()
+        return velocity
 
 
 def make_rollouts(models, batches, recipe, shape, group, batch_size):
@@ -634,23 +638,20 @@ def renew_noise(rollout, recipe, group, reuse):
 def graded_pass(models, rollout, plan, recipe):
     """Takes the graded step of all branches of a [`Plan`] from the x0 of a [`Rollout`] as one batch, decodes and
     scores it. Returns the loss, `torch.Tensor` of shape (), and metrics, a dict of detached tensors of shape ()."""
-    branches = plan.branches
+    branches, count, drifts = plan.branches, len(plan.branches), []
     x0, noise, prompt_embeds = (
-        tensor.repeat(len(branches), *[1] * (tensor.ndim - 1))
-        for tensor in (rollout.x0, rollout.noise, rollout.prompt_embeds)
+        tensor.repeat(count, *[1] * (tensor.ndim - 1)) for tensor in (rollout.x0, rollout.noise, rollout.prompt_embeds)
     )
     rows = [torch.stack([b.sigma_from, b.sigma_to, b.discount, plan.weight]) for b in branches]
-    rows = torch.cat(rows, dim=1).to(x0.device, non_blocking=True)  # at once, without waiting for the GPU
-    sigma_from, sigma_to, discount, weight = rows
-    drift = torch.zeros((), device=x0.device)
+    # All at once, without waiting for the GPU.
+    sigma_from, sigma_to, discount, weight = torch.cat(rows, dim=1).to(x0.device, non_blocking=True)
 
     def velocity(x, sigma):
-        nonlocal drift
-        base = models.base_velocity(x, sigma, prompt_embeds) if recipe.drift_weight else None
-        predicted = models.velocity(x, sigma, prompt_embeds)
-        if base is not None:
-            drift = (predicted - base).square().mean()
-        return predicted
+        if not recipe.drift_weight:
+            return models.velocity(x, sigma, prompt_embeds)
+        base, velocity = models.base_velocity(x, sigma, prompt_embeds), models.velocity(x, sigma, prompt_embeds)
+        drifts.append((velocity - base).square().mean())
+        return velocity
 
     x0_hat = direct_align_step(velocity, x0, noise, sigma_from, sigma_to)
     pixels, saturated = decode_latents(models.vae, x0_hat)
@@ -660,20 +661,18 @@ def graded_pass(models, rollout, plan, recipe):
     away = [text for branch in branches for text in (positive if branch.swap else negative)]
     score, *rewards = models.reward.compare(pixels, towards, away, discount)
     loss = srpo_loss(score, recipe.reward_margin if recipe.loss == "hinge" else None, weight)
-    loss = loss + recipe.drift_weight * drift if recipe.drift_weight else loss
+    loss = loss + recipe.drift_weight * drifts[0] if drifts else loss
 
     metrics = {"loss": loss.detach(), "score": score.detach().mean(), "saturated": saturated}
-    metrics |= {"sigma": sigma_to[: len(rollout.x0)].mean()} | (
-        {"drift": drift.detach()} if recipe.drift_weight else {}
-    )
-    positive, negative = [], []
-    parts = (values.detach().chunk(len(branches)) for values in (score, *rewards))
-    for branch, score, reward_towards, reward_away in zip(branches, *parts, strict=True):
-        metrics[f"score_{branch.name}"] = score.mean()
-        positive.append(reward_away if branch.swap else reward_towards)
-        negative.append(reward_towards if branch.swap else reward_away)
-    metrics |= {"reward_positive": torch.cat(positive).mean(), "reward_negative": torch.cat(negative).mean()}
-    return loss, metrics
+    metrics |= {"sigma": sigma_to.chunk(count)[0].mean()} | ({"drift": drifts[0].detach()} if drifts else {})
+    pairs = []  # rewards for the positive and for the negative word
+    for branch, scores, *both in zip(
+        branches, *(part.detach().chunk(count) for part in (score, *rewards)), strict=True
+    ):
+        metrics[f"score_{branch.name}"] = scores.mean()
+        pairs.append(torch.stack(both[::-1] if branch.swap else both))
+    reward_positive, reward_negative = torch.cat(pairs, dim=1).mean(1)
+    return loss, metrics | {"reward_positive": reward_positive, "reward_negative": reward_negative}
 
 
 def update(accelerator, models, optimizer, rollouts, recipe, step):
@@ -713,19 +712,6 @@ def deepspeed_config(accelerator):
     return accelerator.state.deepspeed_plugin.deepspeed_config if deepspeed else None
 
 
-@contextmanager
-def lora_off(transformer):
-    """Within it, a transformer computes as if it had no LoRA."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [layer for layer in transformer.modules() if isinstance(layer, BaseTunerLayer)]
-    for layer in layers:
-        layer.enable_adapters(False)
-    yield
-    for layer in layers:
-        layer.enable_adapters(True)
-
-
 def lora_metadata(transformer):
     """What diffusers reads beside a LoRA's weights, such as its alpha; `None` without a LoRA."""
     config = getattr(transformer, "peft_config", {}).get("default")
@@ -745,8 +731,6 @@ def partition_weights(transformer, config):
     Returns whether it did. `config` is that of DeepSpeed, or `None`."""
     if config is None or config["zero_optimization"]["stage"] != 3:
         return False
-    import deepspeed
-
     for parameter in transformer.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
     names = ("bf16", "zero_optimization", "train_micro_batch_size_per_gpu")
@@ -764,8 +748,6 @@ def prepare_base(accelerator, base):
         return base
     if not partition_weights(base, config):
         return base.bfloat16().to(accelerator.device)
-    import deepspeed
-
     return deepspeed.initialize(model=base, config=config)[0].eval()
 
 
@@ -786,8 +768,6 @@ def gather_weights(accelerator, transformer, dtype):
     model."""
     weights, whole = {}, nullcontext
     if deepspeed_config(accelerator) is not None:
-        import deepspeed
-
         whole = deepspeed.zero.GatheredParameters
     for name, parameter in accelerator.unwrap_model(transformer).named_parameters():
         if parameter.requires_grad:
@@ -808,62 +788,49 @@ class RunState:
 
 
 class Validation(NamedTuple):
-    """What to paint, and how: with diffusers' own pipeline, and as the flags of the same names say."""
+    """What to paint, and how. The last six are flags."""
 
     captions: list[str]
     prompt_embeds: torch.Tensor  # (N, L, D)
-    negative_prompt_embeds: torch.Tensor  # (1, L, D)
-    pipeline: object
-    reward: RewardModel
+    solver: Solver
+    shape: tuple[int, int, int, int]  # of the latents of an image, (C, T, H, W)
     folder: Path  # where the images go
     seed: int
     train_batch_size: int
-    num_inference_steps: int
-    validation_guidance_scale: float
-    validation_size: int
     positive_words: tuple[str, ...]
     negative_words: tuple[str, ...]
 
 
 @torch.no_grad()
-def paint_validation(accelerator, validation):
+def paint_validation(accelerator, models, validation):
     """Paints this process's share of the validation prompts and scores the images: a list of (number of the prompt,
     pixels of shape (H, W, 3) uint8, reward, relative reward). The first reward is for the plain caption, the second
     for that with the positive control words minus that with the negative ones."""
-    count, processes, pipeline = len(validation.captions), accelerator.num_processes, validation.pipeline
+    count, processes, painted = len(validation.captions), accelerator.num_processes, []
     # Under ZeRO-3 all processes call the transformer equally often, so the shares are filled up with repeats.
     mine = [index % count for index in range(accelerator.process_index, -(-count // processes) * processes, processes)]
-    side = validation.validation_size // pipeline.vae_scale_factor_spatial
-    shape = (pipeline.transformer.config.in_channels, 1, side, side)
-    painted = []
     for start in range(0, len(mine), validation.train_batch_size):
         indices = mine[start : start + validation.train_batch_size]
-        noise = [torch.randn(shape, generator=make_generator(validation.seed, VALIDATION, index)) for index in indices]
-        images = pipeline(
-            prompt_embeds=validation.prompt_embeds[indices].to(accelerator.device),
-            negative_prompt_embeds=validation.negative_prompt_embeds.repeat(len(indices), 1, 1).to(accelerator.device),
-            latents=torch.stack(noise).to(accelerator.device),
-            num_inference_steps=validation.num_inference_steps,
-            guidance_scale=validation.validation_guidance_scale,
-            **{"height": validation.validation_size, "width": validation.validation_size},
-            **{"num_frames": 1, "output_type": "pt"},
-        ).frames[:, 0]
+        generators = [make_generator(validation.seed, VALIDATION, index) for index in indices]
+        noise = torch.stack([torch.randn(validation.shape, generator=generator) for generator in generators])
+        inputs = noise.to(accelerator.device), validation.prompt_embeds[indices].to(accelerator.device)
+        pixels, _ = decode_latents(models.vae, paint_latents(models._replace(solver=validation.solver), *inputs))
         captions = [validation.captions[index] for index in indices]
         texts = [put_word_before(word, captions) for word in (*validation.positive_words, *validation.negative_words)]
-        rewards, with_words = validation.reward.rewards(images.float(), [captions, *texts]).split([1, len(texts)])
+        rewards, with_words = models.reward.rewards(pixels, [captions, *texts]).split([1, len(texts)])
         positive, negative = with_words.tensor_split([len(validation.positive_words)])
         relative = positive.mean(0) - negative.mean(0)
-        pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        painted += zip(indices, pixels, rewards[0].tolist(), relative.tolist(), strict=True)
+        images = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        painted += zip(indices, images, rewards[0].tolist(), relative.tolist(), strict=True)
     return painted
 
 
-def validate(accelerator, validation, state):
+def validate(accelerator, models, validation, state):
     """Paints and scores all validation prompts; images and scores go to the trackers and to `images/step-N/`, and the
     means over the images, `validation_reward` and `validation_relative`, to the history of the run."""
     captions = validation.captions
     logger.info(f"Running validation at step {state.step}: {len(captions)} images.")
-    painted = {index: result for index, *result in gather_object(paint_validation(accelerator, validation))}
+    painted = {index: result for index, *result in gather_object(paint_validation(accelerator, models, validation))}
     scores, images, folder = [], [], validation.folder / f"step-{state.step}"
     for index, caption in enumerate(captions):
         pixels, reward, relative = painted[index]
@@ -1008,15 +975,13 @@ def save_weights(weights, output_dir, expert, config, lora):
     """Writes trained weights, {name in the transformer: `torch.Tensor`}, as diffusers reads them, and returns the
     path: a file for a LoRA with the metadata `lora`, otherwise the folder `expert` with the `config` of the
     transformer."""
-    from diffusers import WanPipeline, WanTransformer3DModel
-
     if lora is not None:
         layers = {name.replace(".default.", "."): weight for name, weight in weights.items()}
-        WanPipeline.save_lora_weights(output_dir, layers, transformer_lora_adapter_metadata=lora)
+        diffusers.WanPipeline.save_lora_weights(output_dir, layers, transformer_lora_adapter_metadata=lora)
         return Path(output_dir, LORA_FILE)
     folder = Path(output_dir, expert)
     with torch.device("meta"):
-        WanTransformer3DModel.from_config(config).save_config(folder)
+        diffusers.WanTransformer3DModel.from_config(config).save_config(folder)
     pattern = f"{DIFFUSERS_STEM}{{suffix}}.safetensors"
     huggingface_hub.save_torch_state_dict(weights, folder, filename_pattern=pattern, max_shard_size="10GB")
     return folder
@@ -1052,7 +1017,6 @@ image.save("fox.png")
 | flag | value |
 |---|---|
 {settings}
-
 Method: Shen et al. 2025, *Directly Aligning the Full Diffusion Trajectory with Fine-Grained Human Preference*,
 https://arxiv.org/abs/2509.06942.
 """
@@ -1062,35 +1026,29 @@ def save_model_card(run, history):
     """Writes the `README.md` of the output folder: what it is, how to use it, how it was made."""
     base, rank = run.flags["pretrained_model_name_or_path"], run.flags["lora_rank"]
     load = 'expert = WanTransformer3DModel.from_pretrained("{}", subfolder="{}", dtype=torch.bfloat16)'
-    load_expert, what, tags = load.format(run.repo_id, run.expert), f"`{run.expert}`", []
+    what, load_expert, tags = f"`{run.expert}`", load.format(run.repo_id, run.expert), []
     if rank is not None:
-        what, tags = f"A LoRA of rank {rank} for `{run.expert}`", ["lora"]
         load_lora = f'expert.load_lora_adapter("{run.repo_id}", weight_name="{LORA_FILE}", use_safetensors=True)'
         load_expert = f"{load.format(base, run.expert)}\n{load_lora}"
-    validation = [row["validation_relative"] for row in history if "validation_relative" in row]
-    settings = {
-        name: " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
-        for name, value in sorted(run.flags.items())
-        if value is not None and name not in ("hub_token", "output_dir", "validation_prompts")
-    }
+        what, tags = f"A LoRA of rank {rank} for `{run.expert}`", ["lora"]
+    scores = [row["validation_relative"] for row in history if "validation_relative" in row]
+    settings = ""
+    for name, value in sorted(run.flags.items()):
+        if value is not None and name not in ("hub_token", "output_dir", "validation_prompts"):
+            value = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+            settings += f"| `--{name}` | {value} |\n"
     alone = "transformer=None, transformer_2=expert, boundary_ratio=1.0"
     content = MODEL_CARD.format(
-        base=base,
-        flags=run.flags,
-        what=what,
-        load_expert=load_expert,
+        **{"base": base, "flags": run.flags, "what": what, "load_expert": load_expert, "settings": settings},
         experts=alone if run.two_experts else f"{run.expert}=expert",
         updates=max((row["step"] for row in history), default=0),
-        rewards=f", relative reward {validation[0]:.4f} -> {validation[-1]:.4f}" if validation else "",
-        images="![Validation images before and after training](before_after.png)\n" if validation else "",
-        settings="\n".join(f"| `--{name}` | {value} |" for name, value in settings.items()),
+        rewards=f", relative reward {scores[0]:.4f} -> {scores[-1]:.4f}" if scores else "",
+        images="![Validation images before and after training](before_after.png)\n" if scores else "",
     )
     data = huggingface_hub.ModelCardData(
+        **{"license": "apache-2.0", "library_name": "diffusers", "pipeline_tag": "text-to-image"},
+        **{"tags": ["text-to-image", "diffusers", "wan", "srpo", *tags]},
         base_model=None if Path(base).is_dir() else base,
-        library_name="diffusers",
-        license="apache-2.0",
-        pipeline_tag="text-to-image",
-        tags=["text-to-image", "diffusers", "wan", "srpo", *tags],
     )
     huggingface_hub.ModelCard(f"---\n{data.to_yaml()}\n---\n{content}").save(run.output_dir / "README.md")
 
@@ -1142,9 +1100,7 @@ def upload(run, step):
 
 # ---- 11. Flags and checks: what cannot succeed is refused before any model is loaded. -------------------------------
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults of flags, except where there is none or the help says it in words."""
-
-    def _get_help_string(self, action):
+    def _get_help_string(self, action):  # no default where there is none, or where the help says it in words
         said = action.default in (None, False) or "Default: " in action.help
         return action.help if said else super()._get_help_string(action)
 
@@ -1159,8 +1115,7 @@ def parse_args(input_args=None):
 
     # fmt: off
     add = parser.add_argument_group("model and data").add_argument
-    add("--pretrained_model_name_or_path", required=True,
-        help="Path to pretrained model or model identifier from huggingface.co/models, in the layout of diffusers.")
+    add("--pretrained_model_name_or_path", required=True, help="Path to pretrained model or model identifier.")
     add("--revision", help="Revision of pretrained model identifier from huggingface.co/models.")
     add("--variant", help="Variant of the model files of the pretrained model identifier, 'e.g.' fp16")
     add("--transformer_subfolder", default="transformer_2", help="The expert: `transformer` for models that have one.")
@@ -1172,8 +1127,7 @@ def parse_args(input_args=None):
     add("--width", type=int, default=512, help="The width in pixels of the images to train on.")
     add = parser.add_argument_group("reward").add_argument
     add("--reward_model", choices=["HPS", "PickScore", "CLIP"], default="HPS", help="The human-preference model.")
-    add("--reward_model_path",
-        help="HPS: the file HPS_v2.1_compressed.pt; otherwise folder or Hub id of a CLIPModel. CLIP has no default.")
+    add("--reward_model_path", help="HPS: the file HPS_v2.1_compressed.pt; else folder or Hub id of a CLIPModel.")
     add("--reward_processor_path", help="PickScore, CLIP: folder or Hub id of the processor, if not the usual one.")
     add("--reward_dtype", choices=["fp32", "bf16"], default="fp32", help="Precision of the reward model's weights.")
     words = "Control words to move {}, a new one every step. Default: the published ones, which suit HPS."
@@ -1185,8 +1139,8 @@ def parse_args(input_args=None):
     add("--reward_margin", type=float, default=0.7, help="The score from which on the hinge loss is zero.")
     add("--loss_weight_shift", type=float, help="Weigh the loss at position p by this shift's curve at p / length.")
     add("--drift_weight", type=float, default=0.0, help="Weight in the loss of (velocity - untrained velocity)^2.")
-    add("--train_timestep", type=int, nargs=2, default=[5, 25], metavar=("FIRST", "LAST"),
-        help="First and last step of the trained window, of the num_inference_steps of the schedule.")
+    window = {"type": int, "nargs": 2, "metavar": ("FIRST", "LAST")}
+    add("--train_timestep", **window, default=[5, 25], help="The trained steps of the num_inference_steps.")
     add("--timestep_length", type=int, default=1000, help="Number of noise levels in the trained window.")
     add("--groundtruth_ratio", type=float, default=0.9, help="Injected noise, as a share of the window.")
     ends = {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}
@@ -1200,10 +1154,8 @@ def parse_args(input_args=None):
     add("--rollout_scheduler", choices=["unipc", "euler"], default="unipc", help="The solver of rollouts.")
     add("--rollout_start", choices=["noise", "boundary"], default="noise",
         help="boundary: from latents that the high-noise expert painted; see `embed_prompts.py --boundary_latents`.")
-    add("--rollout_batch_size", type=int,
-        help="Samples to roll out at once (per device); more make weights travel less. Default: train_batch_size.")
-    add("--updates_per_rollout", type=int, default=1,
-        help="Number of updates, each at new noise levels with new control words, that a rollout is used for.")
+    add("--rollout_batch_size", type=int, help="Samples to roll out at once (per device). Default: train_batch_size.")
+    add("--updates_per_rollout", type=int, default=1, help="Number of updates that a rollout is used for.")
     add("--renew_noise", action="store_true", help="Also inject new noise in further updates on the same rollout.")
     add("--rollout_shift", type=float, help="Shift of the rollout's schedule. Default: `flow_shift` of the model.")
     add("--rollout_guidance_scale", type=float, default=3.0, help="Guidance scale of rollouts; 1.0 halves their cost.")
@@ -1212,23 +1164,20 @@ def parse_args(input_args=None):
     add("--lora_rank", type=int, help="Train a LoRA of this rank beside the weights. Default: train all weights.")
     add("--lora_alpha", type=float, help="Scale of the LoRA: alpha / rank. Default: the rank.")
     add("--lora_dropout", type=float, help="Dropout probability of the LoRA's input in the graded step. Default: 0.")
-    add("--lora_target_modules", nargs="+",
-        help=f"Names of the linear layers that get a LoRA. Default: {' '.join(LORA_TARGET_MODULES)}")
-    add("--base_weights", choices=["fp8"],
-        help="Store frozen linear layers in float8 (e4m3), half of bf16; saves little without gradient checkpointing.")
+    modules = "Names of the linear layers that get a LoRA. Default: " + " ".join(LORA_TARGET_MODULES)
+    add("--lora_target_modules", nargs="+", help=modules)
+    add("--base_weights", choices=["fp8"], help="Store frozen linear layers in float8 (e4m3), half of bf16.")
     add = parser.add_argument_group("optimization").add_argument
     add("--seed", type=int, default=42, help="A seed for reproducible training.")
     add("--train_batch_size", type=int, default=1, help="Batch size (per device) of a rollout, in captions.")
-    add("--gradient_accumulation_steps", type=int, default=1,
-        help="Number of rollouts to accumulate before performing an update. Each counts once, whatever its branches.")
+    add("--gradient_accumulation_steps", type=int, default=1, help="Number of rollouts to accumulate for an update.")
     add("--max_train_steps", type=int, default=100, help="Total number of updates to perform.")
     add("--learning_rate", type=float, default=5e-6, help="Initial learning rate to use.")
     schedulers = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
     add("--lr_scheduler", choices=schedulers, default="constant", help="The scheduler type to use.")
     add("--lr_warmup_steps", type=int, default=0, help="Number of steps for the warmup in the lr scheduler.")
     add("--optimizer", choices=["adamw", "adamw_8bit"], default="adamw",
-        help="adamw_8bit keeps AdamW's states in 8 bits (torchao). Without DeepSpeed it also keeps the weights in the "
-             "precision of the run and rounds them stochastically to bf16: 6 bytes per weight instead of 16.")
+        help="adamw_8bit: states of 8 bits, and bf16 weights that are rounded stochastically; 6 bytes each, not 16.")
     add("--adam_beta1", type=float, default=0.9, help="The beta1 parameter for the AdamW optimizer.")
     add("--adam_beta2", type=float, default=0.999, help="The beta2 parameter for the AdamW optimizer.")
     add("--adam_weight_decay", type=float, default=1e-4, help="Weight decay to use.")
@@ -1238,8 +1187,8 @@ def parse_args(input_args=None):
     add("--compile", action="store_true", help="Compile the blocks of the transformer: minutes once, then faster.")
     add("--allow_tf32", action="store_true", help="Whether or not to allow TF32 on Ampere and later GPUs.")
     add = parser.add_argument_group("validation").add_argument
-    add("--validation_prompts", nargs="*",
-        help="Prompts of the dataset to paint, or none. Default: its split `validation`, or its first four captions.")
+    prompts = "Prompts of the dataset to paint, or none. Default: its split `validation`, or its first four captions."
+    add("--validation_prompts", nargs="*", help=prompts)
     add("--validation_steps", type=int, default=10, help="Run validation every X updates, and at the end.")
     add("--validation_size", type=int, default=1024, help="The side in pixels of validation images.")
     add("--validation_guidance_scale", type=float, default=3.0, help="Guidance scale of validation images.")
@@ -1336,11 +1285,14 @@ class ModelInfo(NamedTuple):
     transformer: torch.nn.Module  # on the meta device: shapes, no weights
     vae: torch.nn.Module  # likewise
 
+    def latent_shape(self, height, width):
+        """The (C, T, H, W) of the latents of one image, whose size is in pixels."""
+        scale = self.vae.config.scale_factor_spatial
+        return self.transformer.config.in_channels, 1, height // scale, width // scale
+
 
 def read_model_info(args):
     """The [`ModelInfo`] of the base model from its configs. `ValueError` if it is not Wan or lacks the expert."""
-    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
-
     flag, expert = (
         f"`--pretrained_model_name_or_path {args.pretrained_model_name_or_path}`",
         args.transformer_subfolder,
@@ -1348,50 +1300,43 @@ def read_model_info(args):
     names = ("pretrained_model_name_or_path", "revision", "variant", "cache_dir")
     source = {name: getattr(args, name) for name in names}
     with input_error(f"{flag} is not a Wan pipeline in the layout of diffusers"), torch.device("meta"):
-        index = WanPipeline.load_config(**source)
-        scheduler = UniPCMultistepScheduler.load_config(**source, subfolder="scheduler")
-        vae = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(**source, subfolder="vae"))
+        index = diffusers.WanPipeline.load_config(**source)
+        scheduler = diffusers.UniPCMultistepScheduler.load_config(**source, subfolder="scheduler")
+        vae = diffusers.AutoencoderKLWan.from_config(diffusers.AutoencoderKLWan.load_config(**source, subfolder="vae"))
     two_experts = index.get("transformer_2", [None, None])[1] is not None
     if two_experts != (expert == "transformer_2"):
-        raise ValueError(
-            f"{flag} has {'two experts' if two_experts else 'no `transformer_2`, only one expert'}: train it with "
-            f"`--transformer_subfolder {'transformer_2' if two_experts else 'transformer'}`."
-        )
+        found = "two experts" if two_experts else "no `transformer_2`, only one expert"
+        advice = f"train it with `--transformer_subfolder {'transformer_2' if two_experts else 'transformer'}`"
+        raise ValueError(f"{flag} has {found}: {advice}.")
     boundary_ratio = index.get("boundary_ratio") if two_experts else None
     if two_experts and boundary_ratio is None:
         raise ValueError(f"{flag} has no `boundary_ratio` in its model_index.json.")
     with input_error(f"{flag} lacks the model in `{expert}`"), torch.device("meta"):
-        config = WanTransformer3DModel.load_config(**source, subfolder=expert)
-        transformer = WanTransformer3DModel.from_config(config)
+        config = diffusers.WanTransformer3DModel.load_config(**source, subfolder=expert)
+        transformer = diffusers.WanTransformer3DModel.from_config(config)
     settings = boundary_ratio, index.get("expand_timesteps", False), scheduler.get("flow_shift", 1.0)
     return ModelInfo(source, expert, *settings, transformer, vae)
 
 
 def check_flags_for_model(args, model):
     """Refuses window, sizes and layers of a LoRA that the base model cannot have, and names what it can."""
-    schedule, highest = (
-        shift_sigmas(torch.linspace(1, 0, args.num_inference_steps + 1), args.shift),
-        model.boundary_ratio,
-    )
-    first, last = args.train_timestep
-    if highest is not None and schedule[first] > highest + 1e-6:
-        lowest = int((schedule > highest + 1e-6).sum())
+    schedule = shift_sigmas(torch.linspace(1, 0, args.num_inference_steps + 1), args.shift)
+    (first, last), boundary = args.train_timestep, model.boundary_ratio
+    if boundary is not None and schedule[first] > boundary + 1e-6:
+        lowest = int((schedule > boundary + 1e-6).sum())
         raise ValueError(
-            f"`--train_timestep {first} {last}` starts at sigma {schedule[first]:.3f}, above the boundary "
-            f"{highest} of the low-noise expert, which sees no such noise. The largest valid window of "
-            f"this schedule is `--train_timestep {lowest} {args.num_inference_steps}`."
+            f"`--train_timestep {first} {last}` starts at sigma {schedule[first]:.3f}, above the boundary {boundary} "
+            "of the low-noise expert, which sees no such noise. The largest valid window of this schedule is "
+            f"`--train_timestep {lowest} {args.num_inference_steps}`."
         )
-    if args.rollout_start == "boundary" and highest is None:
+    if args.rollout_start == "boundary" and boundary is None:
         raise ValueError("`--rollout_start boundary` needs a model of two experts; this one has no boundary.")
     scale, (_, *patch) = model.vae.config.scale_factor_spatial, model.transformer.config.patch_size
     validation = np.lcm(scale * patch[0], 16).item()  # WanPipeline's own demand
-    multiples = {"height": scale * patch[0], "width": scale * patch[1], "validation_size": validation}
-    for name, multiple in multiples.items():
-        value = getattr(args, name)
-        if value < 1 or value % multiple:
-            near = max(1, round(value / multiple)) * multiple
+    for name, multiple in (("height", scale * patch[0]), ("width", scale * patch[1]), ("validation_size", validation)):
+        if (value := getattr(args, name)) < 1 or value % multiple:
             problem = f"`--{name} {value}` must be a multiple of {multiple} for this model"
-            raise ValueError(f"{problem}, for example {near}.")
+            raise ValueError(f"{problem}, for example {max(1, round(value / multiple)) * multiple}.")
     for name in args.lora_target_modules or ():
         if not any(f".{layer}".endswith(f".{name}") for layer, _ in model.transformer.named_modules()):
             raise ValueError(f"`--lora_target_modules`: the transformer has no layer `{name}`.")
@@ -1403,11 +1348,9 @@ def weight_files(source, subfolder, stem, layer=None):
     """The paths of the safetensors files of a model: `{stem}.safetensors` or its shards, or the one of them that holds
     the tensor `layer`. `source` are those arguments of `from_pretrained` that say where the model is. Downloads what
     is not there yet; `OSError` if there is no such file."""
-    from transformers.utils import cached_file
-
-    source = dict(source)
-    variant = source.pop("variant", None)
-    cached = partial(cached_file, source.pop("pretrained_model_name_or_path"), subfolder=subfolder, **source)
+    path, variant = source["pretrained_model_name_or_path"], source.get("variant")
+    options = {name: value for name, value in source.items() if name in ("revision", "cache_dir")}
+    cached = partial(transformers.utils.cached_file, path, subfolder=subfolder, **options)
     suffix = f".{variant}" if variant else ""
     index = cached(f"{stem}.safetensors.index{suffix}.json", _raise_exceptions_for_missing_entries=False)
     if index is None:
@@ -1434,28 +1377,27 @@ def read_shapes(files):
     return shapes
 
 
-def check_weights(model, found, where):
-    """Compares the shapes `found` in files, {name: tuple}, with those of a model, which may be on the meta device.
-    `ValueError` names what is missing, of another shape, or unknown; `where` says of which input."""
+def check_weights(model, found):
+    """Compares {name: shape} `found` in files with the tensors of a model, which may be on the meta device.
+    `ValueError` names what is missing, of another shape, or unknown."""
     names = {}  # names of the same tensor: one of them is enough
     for name, tensor in model.state_dict(keep_vars=True).items():
         names.setdefault(id(tensor), []).append(name)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     missing = [same[0] for same in names.values() if not found.keys() & set(same)]
-    unknown = [name for name in found if name not in expected and "position_ids" not in name]
     other = [name for name in found if name in expected and found[name] != expected[name]]
+    unknown = [name for name in found if name not in expected and "position_ids" not in name]
     for what, tensors in (("lack", missing), ("have other shapes of", other), ("have unknown", unknown)):
         if tensors:
-            raise ValueError(f"{where}: its weights {what} {len(tensors)} tensors, such as `{min(tensors)}`.")
+            raise ValueError(f"the weights {what} {len(tensors)} tensors, such as `{min(tensors)}`")
 
 
 def check_model_files(model):
     """Refuses weights of the expert and of the VAE that their configs do not fit. Only the heads of files are read."""
     for subfolder, empty in ((model.expert, model.transformer), ("vae", model.vae)):
-        where = f"`--pretrained_model_name_or_path {model.source['pretrained_model_name_or_path']}`, `{subfolder}`"
-        with input_error(f"{where} cannot be read"):
-            found = read_shapes(weight_files(model.source, subfolder, DIFFUSERS_STEM))
-        check_weights(empty, found, where)
+        path = f"`--pretrained_model_name_or_path {model.source['pretrained_model_name_or_path']}`"
+        with input_error(f"{path} has no whole model in `{subfolder}`"):
+            check_weights(empty, read_shapes(weight_files(model.source, subfolder, DIFFUSERS_STEM)))
 
 
 def check_dataset(args, model):
@@ -1464,28 +1406,23 @@ def check_dataset(args, model):
     with input_error(f"{name} cannot be loaded; make it with embed_prompts.py"):
         dataset = load_prompt_dataset(args.dataset_name, args.cache_dir)
     columns = {"caption", "prompt_embeds", "text_encoder_fingerprint", "max_sequence_length"}
-    splits = ["train", "negative", *(["validation"] if "validation" in dataset else [])]
-    for split in splits:
+    for split in {"train", "negative", *dataset}:
         if split not in dataset or not columns <= set(dataset[split].column_names) or len(dataset[split]) == 0:
             raise ValueError(f"{name} was not made by embed_prompts.py: it lacks rows or columns in `{split}`.")
     with input_error(f"`--pretrained_model_name_or_path {path}` lacks the text encoder to compare {name} with"):
         fingerprint = weights_fingerprint(model.source, "text_encoder", TRANSFORMERS_STEM, TEXT_ENCODER_LAYER)
-    for rows in (dataset[split] for split in splits):
+    for rows in dataset.values():
+        size = np.asarray(rows[0]["prompt_embeds"]).shape[-1]
         for what, found, expected in (
-            (
-                "embeddings of size",
-                {np.asarray(rows[0]["prompt_embeds"]).shape[-1]},
-                model.transformer.config.text_dim,
-            ),
+            ("embeddings of size", {size}, model.transformer.config.text_dim),
             ("embeddings of length", set(rows.unique("max_sequence_length")), args.max_sequence_length),
             ("embeddings of the text encoder", set(rows.unique("text_encoder_fingerprint")), fingerprint),
         ):
             if found != {expected}:
-                raise ValueError(
-                    f"{name} holds {what} {', '.join(map(str, found))}, but `{path}` with `--max_sequence_length "
-                    f"{args.max_sequence_length}` needs {expected}. Embed the captions again for this model."
-                )
-    captions = {caption for split in splits for caption in dataset[split]["caption"]}
+                found, length = ", ".join(map(str, found)), f"`--max_sequence_length {args.max_sequence_length}`"
+                problem = f"{name} holds {what} {found}, but `{path}` with {length} needs {expected}."
+                raise ValueError(f"{problem} Embed the captions again for this model.")
+    captions = {caption for rows in dataset.values() for caption in rows["caption"]}
     if lacking := [prompt for prompt in args.validation_prompts or () if prompt not in captions]:
         advice = "Give it to `embed_prompts.py --validation_prompts`."
         raise ValueError(f"`--validation_prompts`: {name} has no embedding of {lacking[0]!r}. {advice}")
@@ -1501,11 +1438,10 @@ def check_boundary_latents(rows, name, flags, flow_shift):
     if None in settings:
         raise ValueError(f"{name} has no boundary latents, or rows without; see `embed_prompts.py --help`.")
     wanted = {**flags, "rollout_shift": flags["rollout_shift"] or flow_shift}
-    for found in map(json.loads, settings):
-        for flag in BOUNDARY_FLAGS:
-            if found[flag] != wanted[flag]:
-                problem = f"{name} has boundary latents of `--{flag} {found[flag]}`, not {wanted[flag]}."
-                raise ValueError(f"{problem} Train with the same, or make others with embed_prompts.py.")
+    for flag, found in ((flag, json.loads(each)[flag]) for each in settings for flag in BOUNDARY_FLAGS):
+        if found != wanted[flag]:
+            problem = f"{name} has boundary latents of `--{flag} {found}`, not {wanted[flag]}."
+            raise ValueError(f"{problem} Train with the same, or make others with embed_prompts.py.")
 
 
 def check_reward(args):
@@ -1520,33 +1456,25 @@ def check_reward(args):
             raise ValueError(f"`--reward_model_path {path}` is not a file. Download it with `{download}`.")
         with input_error(f"`--reward_model_path {path}` is not a checkpoint with a `state_dict`"):
             found = {name: tuple(tensor.shape) for name, tensor in HPSReward.read_weights(path).items()}
-        where = f"`--reward_model_path {path}` is not of the architecture {HPS_ARCHITECTURE}"
-        check_weights(HPSReward.empty_model(), found, where)
+        with input_error(f"`--reward_model_path {path}` is not of the architecture {HPS_ARCHITECTURE}"):
+            check_weights(HPSReward.empty_model(), found)
         return
-
-    from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 
     if args.reward_model == "PickScore":
         args.reward_processor_path = args.reward_processor_path or PICKSCORE_PROCESSOR
         args.reward_model_path = args.reward_model_path or PICKSCORE_REPOSITORY
-    path = args.reward_model_path
-    if path is None:
+    if (path := args.reward_model_path) is None:
         raise ValueError("`--reward_model CLIP` needs `--reward_model_path`, the folder or Hub id of a CLIPModel.")
-    args.reward_processor_path = args.reward_processor_path or path
-    where = f"`--reward_model_path {path}` is not the folder or Hub id of a CLIPModel"
-    with input_error(where):
-        config, kind = CLIPConfig.get_config_dict(path)[0], "clip"
-    if config.get("model_type") != kind:
-        raise ValueError(f"{where}: its type is `{config.get('model_type')}`; {args.reward_model} needs `{kind}`.")
-    with input_error(where), torch.device("meta"):
-        model = CLIPModel(CLIPConfig.from_dict(config))
-    with input_error(where):
-        found = read_shapes(weight_files({"pretrained_model_name_or_path": path}, "", TRANSFORMERS_STEM))
-    check_weights(model, found, f"`--reward_model_path {path}`")
-    with input_error(
-        f"`--reward_processor_path {args.reward_processor_path}` is not the folder or Hub id of a processor"
-    ):
-        CLIPProcessor.from_pretrained(args.reward_processor_path)
+    args.reward_processor_path = processor = args.reward_processor_path or path
+    with input_error(f"`--reward_model_path {path}` is not the folder or Hub id of a CLIPModel"):
+        config = transformers.AutoConfig.from_pretrained(path)
+        if config.model_type != "clip":
+            raise ValueError(f"it is of type `{config.model_type}`, and {args.reward_model} needs type `clip`")
+        with torch.device("meta"):
+            model = transformers.CLIPModel(config)
+        check_weights(model, read_shapes(weight_files({"pretrained_model_name_or_path": path}, "", TRANSFORMERS_STEM)))
+    with input_error(f"`--reward_processor_path {processor}` is not the folder or Hub id of a processor"):
+        transformers.CLIPProcessor.from_pretrained(processor)
 
 
 def check_output_dir(output_dir, resume_from, overwrite):
@@ -1568,39 +1496,37 @@ def check_output_dir(output_dir, resume_from, overwrite):
 
 def check_deepspeed(args, config, num_processes):
     """Refuses a DeepSpeed file that contradicts the flags, and flags that DeepSpeed cannot follow."""
+    needs = "needs a configuration without DeepSpeed, which"
     if args.optimizer == "adamw_8bit":
         cause = "joins all weights into one vector, of a size that torchao leaves in float32"
-        raise ValueError(f"`--optimizer adamw_8bit` needs a configuration without DeepSpeed, which {cause}.")
+        raise ValueError(f"`--optimizer adamw_8bit` {needs} {cause}.")
     if args.base_weights == "fp8":
-        cause = "casts all weights alike"
-        raise ValueError(f"`--base_weights fp8` needs a configuration without DeepSpeed, which {cause}.")
+        raise ValueError(f"`--base_weights fp8` {needs} casts all weights alike.")
     if args.compile and config["zero_optimization"]["stage"] == 3:
         raise ValueError("`--compile` needs whole weights; under ZeRO-3 they come and go while a block runs.")
-    for section in ("optimizer", "scheduler"):
-        if section in config:
-            raise ValueError(f"The DeepSpeed file has a `{section}`. Remove it: the script has flags for that.")
-    rollout = args.train_batch_size * num_processes
+    if section := {"optimizer", "scheduler"} & config.keys():
+        raise ValueError(f"The DeepSpeed file has a `{min(section)}`. Remove it: the script has flags for that.")
+    batch, accumulation = args.train_batch_size, args.gradient_accumulation_steps
     for name, value, flag in (
-        ("train_micro_batch_size_per_gpu", args.train_batch_size, "train_batch_size"),
-        ("gradient_accumulation_steps", args.gradient_accumulation_steps, "gradient_accumulation_steps"),
-        ("train_batch_size", rollout * args.gradient_accumulation_steps, "train_batch_size"),
+        ("train_micro_batch_size_per_gpu", batch, "train_batch_size"),
+        ("gradient_accumulation_steps", accumulation, "gradient_accumulation_steps"),
+        ("train_batch_size", batch * num_processes * accumulation, "train_batch_size"),
         ("gradient_clipping", args.max_grad_norm, "max_grad_norm"),
     ):
         if config.get(name, "auto") not in ("auto", value):
-            raise ValueError(
-                f"The DeepSpeed file says `{name}` {config[name]}, but `--{flag}` and {num_processes} processes make "
-                f'it {value}. Write "auto" into the file, or change the flag.'
+            problem = (
+                f"The DeepSpeed file says `{name}` {config[name]}, but `--{flag}` and {num_processes} processes make"
             )
+            raise ValueError(f'{problem} it {value}. Write "auto" into the file, or change the flag.')
 
 
 # ---- 12. Set-up, and the run. ---------------------------------------------------------------------------------------
 def make_accelerator(args):
     """The [`Accelerator`] of the run, with DeepSpeed's settings filled in from the script's flags."""
-    import transformers
-
-    import diffusers
-
+    # Will error if the minimal version of diffusers is not installed. Remove at your own risks.
     diffusers.utils.check_min_version("0.40.0")
+    transformers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.set_verbosity_error()
     on_cpu = not torch.accelerator.is_available()
     uses_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     # The others wait while one process downloads or writes a model. On CPUs DeepSpeed must not look for NCCL.
@@ -1618,8 +1544,6 @@ def make_accelerator(args):
             step_scheduler_with_optimizer=False,  # the learning rate follows updates, not updates times processes
             kwargs_handlers=[process_group],
         )
-    transformers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.set_verbosity_error()
     if accelerator.mixed_precision == "fp16":
         raise ValueError("`mixed_precision: fp16` is too narrow for Wan's transformer. Use bf16.")
     if (config := deepspeed_config(accelerator)) is not None:
@@ -1655,23 +1579,22 @@ def make_run(accelerator, args, model, dtype):
     return Run(Path(args.output_dir), vars(args), model.expert, two_experts, dtype, identity, repo_id)
 
 
-def create_repository(run):
-    """Creates the repository to push to, if it is not there. Returns the [`Run`] with its whole name."""
-    options = {"private": run.flags["hub_private_repo"], "token": run.flags["hub_token"], "exist_ok": True}
-    with input_error(f"`--push_to_hub` cannot create `{run.repo_id}`; see `--hub_model_id` and `--hub_token`"):
-        repo = with_retries(lambda: huggingface_hub.create_repo(run.repo_id, **options))
-    return run._replace(repo_id=repo.repo_id)
-
-
-def prepare_output_dir(accelerator, run):
-    """Clears what an earlier run left if `--overwrite_output_dir`, and starts logging, details to `train.log` only."""
+def prepare_output(accelerator, run):
+    """Clears what an earlier run left if `--overwrite_output_dir`, starts logging, details to `train.log` only, and
+    creates the repository to push to, if it is not there. Returns the [`Run`] with its whole name."""
     logging.basicConfig(format=LOG_FORMAT, datefmt="%m/%d/%Y %H:%M:%S")
     for handler in logging.getLogger().handlers:
         handler.setLevel(logging.INFO)
     logger.setLevel(logging.DEBUG)
+    flags, output = run.flags, run.output_dir
     if accelerator.is_main_process:
-        output, events = run.output_dir, Path(run.flags["logging_dir"], TRACKER_NAME)
-        if run.flags["overwrite_output_dir"] and not run.flags["resume_from_checkpoint"]:
+        if flags["push_to_hub"]:
+            options = {"private": flags["hub_private_repo"], "token": flags["hub_token"], "exist_ok": True}
+            with input_error(f"`--push_to_hub` cannot create `{run.repo_id}`; see `--hub_model_id` and `--hub_token`"):
+                repo = with_retries(lambda: huggingface_hub.create_repo(run.repo_id, **options))
+            run = run._replace(repo_id=repo.repo_id)
+        if flags["overwrite_output_dir"] and not flags["resume_from_checkpoint"]:
+            events = Path(flags["logging_dir"], TRACKER_NAME)
             for folder in [run.expert, "images", events, *output.glob("checkpoint-*")]:
                 shutil.rmtree(output / folder, ignore_errors=True)
             for name in ("README.md", "train.log", "reward.png", "before_after.png", LORA_FILE):
@@ -1681,6 +1604,7 @@ def prepare_output_dir(accelerator, run):
         handler.setFormatter(logging.Formatter(LOG_FORMAT))
         logging.getLogger().addHandler(handler)
     accelerator.wait_for_everyone()
+    return run
 
 
 def handle_stop_signals(handler, _worker=None):
@@ -1692,16 +1616,12 @@ def handle_stop_signals(handler, _worker=None):
 def set_up_transformer(transformer, args):
     """Decides what of a transformer is trained, all or a LoRA, and how it is stored and computed. Returns it in eval
     mode: the dropout of a LoRA, too, belongs to the graded step alone."""
-    from peft import LoraConfig
-
-    from diffusers.training_utils import cast_training_params
-
     transformer.requires_grad_(args.lora_rank is None)
     dtype = transformer.dtype
     if args.lora_rank is not None:
         options = {"lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout, "init_lora_weights": "gaussian"}
-        transformer.add_adapter(LoraConfig(r=args.lora_rank, target_modules=args.lora_target_modules, **options))
-        cast_training_params(transformer, torch.float32)
+        transformer.add_adapter(peft.LoraConfig(r=args.lora_rank, target_modules=args.lora_target_modules, **options))
+        diffusers.training_utils.cast_training_params(transformer, torch.float32)
     if args.base_weights == "fp8":
         transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
     if args.gradient_checkpointing:
@@ -1714,25 +1634,21 @@ def set_up_transformer(transformer, args):
 def load_models(accelerator, args, model, dtypes):
     """The [`Models`] of the flags, without the embedding of the negative prompt. Frozen models are on their device,
     the transformer is where it was loaded. `dtypes` are those of [`choose_dtypes`]."""
-    from diffusers import AutoencoderKLWan, WanTransformer3DModel
-
-    device, reward_dtype = accelerator.device, torch.bfloat16 if args.reward_dtype == "bf16" else torch.float32
-    vae = AutoencoderKLWan.from_pretrained(**model.source, subfolder="vae", dtype=dtypes[0])
+    device, (weight_dtype, transformer_dtype) = accelerator.device, dtypes
+    vae = diffusers.AutoencoderKLWan.from_pretrained(**model.source, subfolder="vae", dtype=weight_dtype)
+    options = {"device": device, "dtype": torch.bfloat16 if args.reward_dtype == "bf16" else torch.float32}
     if args.reward_model == "HPS":
-        reward = HPSReward(args.reward_model_path, device, reward_dtype)
+        reward = HPSReward(args.reward_model_path, **options)
     else:
-        reward = CLIPReward(args.reward_model_path, args.reward_processor_path, device, reward_dtype)
-
-    def load_expert(dtype):
-        transformer = WanTransformer3DModel.from_pretrained(**model.source, subfolder=model.expert, dtype=dtype)
-        keep_rotary_tables(transformer, device)
-        return transformer
-
-    transformer, base = load_expert(dtypes[1]), None
+        reward = CLIPReward(args.reward_model_path, args.reward_processor_path, **options)
+    load_expert = partial(diffusers.WanTransformer3DModel.from_pretrained, **model.source, subfolder=model.expert)
+    transformer, base = load_expert(dtype=transformer_dtype), None
     torch.manual_seed(args.seed)  # all processes make the same LoRA
     set_up_transformer(transformer, args)
+    keep_rotary_tables(transformer, device)
     if args.drift_weight and args.lora_rank is None:
-        base = load_expert(dtypes[0]).requires_grad_(False).eval()
+        base = load_expert(dtype=weight_dtype).requires_grad_(False).eval()
+        keep_rotary_tables(base, device)
     scheduler = make_scheduler(args.rollout_scheduler, args.rollout_shift or model.flow_shift)
     boundary = model.boundary_ratio if args.rollout_start == "boundary" else None
     return Models(
@@ -1758,10 +1674,8 @@ def make_optimizer(args, parameters):
     return optimizer(parameters, args.learning_rate, betas, args.adam_epsilon, args.adam_weight_decay)
 
 
-def make_validation(args, dataset, collate, model, models):
+def make_validation(args, dataset, collate, model):
     """The [`Validation`] of the flags, or `None` if nothing is to be painted. It needs no text encoder."""
-    from diffusers import UniPCMultistepScheduler, WanPipeline
-
     rows = {row["caption"]: row for row in dataset.get("validation", ())}
     captions = list(rows) or list(dict.fromkeys(dataset["train"]["caption"]))[:4]
     captions = captions if args.validation_prompts is None else args.validation_prompts
@@ -1769,27 +1683,18 @@ def make_validation(args, dataset, collate, model, models):
         return None
     numbers = {caption: index for index, caption in enumerate(dataset["train"]["caption"])}
     rows = [rows.get(caption) or dataset["train"][numbers[caption]] for caption in captions]
-    # One expert paints alone, from noise to image, so the pipeline needs no boundary.
-    parts = {"tokenizer": None, "text_encoder": None, "vae": models.vae, "expand_timesteps": model.expand_timesteps}
-    parts["scheduler"] = UniPCMultistepScheduler.from_pretrained(**model.source, subfolder="scheduler")
-    pipeline = WanPipeline(**parts, transformer=models.transformer)
-    pipeline.set_progress_bar_config(disable=True)
-    prompts = captions, collate(rows)["prompt_embeds"], models.negative_prompt_embeds
-    names = ("captions", "prompt_embeds", "negative_prompt_embeds", "pipeline", "reward", "folder")
-    values = *prompts, pipeline, models.reward, Path(args.output_dir, "images")
-    return settings_of(Validation, vars(args) | dict(zip(names, values, strict=True)))
+    scheduler = diffusers.UniPCMultistepScheduler.from_pretrained(**model.source, subfolder="scheduler")
+    solver = Solver(scheduler, args.num_inference_steps, args.validation_guidance_scale)
+    own = {"captions": captions, "prompt_embeds": collate(rows)["prompt_embeds"], "solver": solver}
+    own |= {"shape": model.latent_shape(args.validation_size, args.validation_size)}
+    return settings_of(Validation, vars(args) | own | {"folder": Path(args.output_dir, "images")})
 
 
 def make_batches(sampler, rows, collate, num_workers, pin_memory):
     """An iterator over the micro-batches of this process: pairs of sample numbers and what `collate` made of them."""
-    dataloader = torch.utils.data.DataLoader(
-        rows.with_format("numpy"),
-        batch_sampler=sampler,
-        collate_fn=collate,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        worker_init_fn=partial(handle_stop_signals, signal.SIG_IGN),
-    )
+    options = {"num_workers": num_workers, "worker_init_fn": partial(handle_stop_signals, signal.SIG_IGN)}
+    options |= {"batch_sampler": sampler, "collate_fn": collate, "pin_memory": pin_memory}
+    dataloader = torch.utils.data.DataLoader(rows.with_format("numpy"), **options)
     return zip(map(sampler.samples, sampler.numbers), dataloader, strict=True)
 
 
@@ -1803,8 +1708,6 @@ def gather_means(accelerator, metrics, received):
 
 
 def main(args):
-    from diffusers.optimization import get_scheduler
-
     # 1. Refuse what cannot succeed before any model is loaded.
     with one_line_errors():
         check_output_dir(args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir)
@@ -1815,13 +1718,10 @@ def main(args):
         check_model_files(model)
         accelerator = make_accelerator(args)
         config, device = deepspeed_config(accelerator), accelerator.device
-        engine = accelerator.mixed_precision, args.optimizer, args.lora_rank, config is not None
-        dtypes = choose_dtypes(*engine)
+        dtypes = choose_dtypes(accelerator.mixed_precision, args.optimizer, args.lora_rank, config is not None)
         run = make_run(accelerator, args, model, dtypes[0])
         checkpoint, state = find_checkpoint(run, args.resume_from_checkpoint, args.max_train_steps)
-        if args.push_to_hub and accelerator.is_main_process:
-            run = create_repository(run)
-        prepare_output_dir(accelerator, run)
+        run = prepare_output(accelerator, run)
     if args.resume_from_checkpoint and checkpoint is None:
         logger.warning(f"`{args.output_dir}` holds no checkpoint yet: training starts at step 0.")
     logger.info(accelerator.state, main_process_only=False)
@@ -1833,7 +1733,7 @@ def main(args):
     collate = partial(collate_fn, max_sequence_length=args.max_sequence_length, dtype=dtypes[1])
     negative = collate([dataset["negative"][0]])["prompt_embeds"].to(device)
     models = load_models(accelerator, args, model, dtypes)._replace(negative_prompt_embeds=negative)
-    validation = make_validation(args, dataset, collate, model, models)
+    validation = make_validation(args, dataset, collate, model)
     transformer, base = models.transformer, models.base
     partition_weights(transformer, config)
     optimizer = make_optimizer(args, transformer.parameters())
@@ -1842,7 +1742,9 @@ def main(args):
     # With offload, DeepSpeed's AdamW for the CPU replaces the optimizer; the schedule must set the rate of that one.
     adam = optimizer.optimizer if config is None else optimizer.optimizer.optimizer
     recompute_bias_correction(adam)
-    lr_scheduler = get_scheduler(args.lr_scheduler, adam, None, args.lr_warmup_steps, args.max_train_steps)
+    lr_scheduler = diffusers.optimization.get_scheduler(
+        args.lr_scheduler, adam, None, args.lr_warmup_steps, args.max_train_steps
+    )
     accelerator.register_for_checkpointing(lr_scheduler)
     if args.lora_rank is not None:
         accelerator.register_save_state_pre_hook(keep_lora_only)
@@ -1854,19 +1756,18 @@ def main(args):
         due = state.step % args.validation_steps == 0 or state.step == args.max_train_steps
         done = any(row["step"] == state.step and "validation_reward" in row for row in state.history)
         if validation is not None and due and not done:
-            validate(accelerator, validation, state)
+            validate(accelerator, models, validation, state)
 
     if checkpoint is not None:
         if validation is not None and not (validation.folder / "step-0" / "scores.json").is_file():
-            validate(accelerator, validation, RunState())
+            validate(accelerator, models, validation, RunState())
         lenient = "strict" if config is None else "load_module_strict"  # frozen weights under a LoRA are there already
         accelerator.load_state(str(checkpoint), **({} if args.lora_rank is None else {lenient: False}))
         logger.info(f"Resumed from {checkpoint} at step {state.step}")
     validate_if_due()
 
     # 4. What an update is made of.
-    recipe, scale = settings_of(Recipe, vars(args)), model.vae.config.scale_factor_spatial
-    shape = model.transformer.config.in_channels, 1, args.height // scale, args.width // scale
+    recipe, shape = settings_of(Recipe, vars(args)), model.latent_shape(args.height, args.width)
     accumulation, reuses = args.gradient_accumulation_steps, args.updates_per_rollout
     numbers = range(state.step // reuses * accumulation, -(-args.max_train_steps // reuses) * accumulation)
     share = args.train_batch_size, accelerator.process_index, accelerator.num_processes
