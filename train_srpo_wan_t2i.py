@@ -13,22 +13,18 @@ This file follows one update: plan it (`plan_update`), paint images without grad
 back in and take one graded step (`direct_align_step`), decode it (`decode_latents`), score it with a preference model
 relative to a positive and a negative control word (`srp_score`), and back-propagate (`graded_pass`, `update`).
 
-Departures from the published code (https://github.com/Tencent-Hunyuan/SRPO), which trains FLUX:
-- The denoise and the inversion branch are one batch: one forward and one backward pass instead of two.
-- `--gradient_accumulation_steps` counts rollouts, whatever branches each has; the published loop counts branches.
-- Wan has no embedded guidance: rollouts use classifier-free guidance, the graded step uses none.
-- The default window of noise levels suits the low-noise expert, and rollouts take 10 steps of UniPC; docs/recipes.md
-  has the flags of the published runs.
-- Every random draw is a function of the seed, the sample and the update: a resumed run repeats the run it continues.
-- On single images the VAE works as a 2-D network, which equals the 3-D one there.
-- Images that are not square are padded, not cropped, before HPS sees them, as HPSv2 itself does.
-- `--drift_weight` can hold the velocity near that of the untrained expert.
+Departures from the published code (https://github.com/Tencent-Hunyuan/SRPO), which trains FLUX: both branches are one
+batch; `--gradient_accumulation_steps` counts rollouts, not branches; rollouts use classifier-free guidance, as Wan has
+none embedded, and 10 steps of UniPC; the default window of noise levels suits the low-noise expert; every random
+draw is a function of the seed, the sample and the update, so a resumed run repeats the run that it continues; the VAE
+works on single images as a 2-D network, which equals the 3-D one there; images that are not square are padded, not
+cropped, before HPS sees them, as HPSv2 does it; `--drift_weight` can hold the expert near the untrained one.
+docs/recipes.md has the flags of the published runs.
 """
 
 import argparse
 import copy
 import hashlib
-import importlib
 import importlib.util
 import json
 import logging
@@ -51,7 +47,7 @@ import huggingface_hub
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import (
@@ -77,9 +73,8 @@ class LazyModule:
         return getattr(importlib.import_module(self.__name__), attribute)
 
 
-datasets, deepspeed, diffusers, open_clip, peft, transformers = map(
-    LazyModule, ("datasets", "deepspeed", "diffusers", "open_clip", "peft", "transformers")
-)
+names = ("datasets", "deepspeed", "diffusers", "open_clip", "peft", "transformers")
+datasets, deepspeed, diffusers, open_clip, peft, transformers = map(LazyModule, names)
 wan_vae = LazyModule("diffusers.models.autoencoders.autoencoder_kl_wan")
 TF = LazyModule("torchvision.transforms.v2.functional")
 
@@ -243,9 +238,8 @@ def draw_positions(recipe, step, samples):
 
 
 def plan_update(recipe, step, samples):
-    """The [`Plan`] of update number `step` for the samples with these numbers in the run: a pure function. Control
-    words change with the update. Each sample has a noise level of its own, as each process has one in the published
-    code."""
+    """The [`Plan`] of update number `step` for the samples with these numbers in the run: a pure function. Each sample
+    has a noise level of its own, as each process has one in the published code. Control words change by step."""
     length, ratio = recipe.timestep_length, recipe.groundtruth_ratio
     positions = draw_positions(recipe, step, samples)
     levels = [branch_sigmas(recipe.train_sigmas, position, ratio) for position in positions]
@@ -313,9 +307,8 @@ def noise_generators(recipe, group, samples, *reuse):
 def draw_noise(recipe, shape, group, samples, *reuse):
     """The noise, (B, *shape) float32, of the samples with these numbers. `group` counts the rollouts of the run, and
     `reuse` the updates on the same rollout. It is drawn on the CPU, so it is the same for any device."""
-    return torch.stack(
-        [torch.randn(shape, generator=each) for each in noise_generators(recipe, group, samples, *reuse)]
-    )
+    generators = noise_generators(recipe, group, samples, *reuse)
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
 def draw_starts(recipe, shape, group, samples, batch):
@@ -629,12 +622,6 @@ def make_rollouts(models, batches, recipe, shape, group, batch_size):
     return [rollout._replace(x0=part) for rollout, part in zip(rollouts, x0, strict=True)]
 
 
-def renew_noise(rollout, recipe, group, reuse):
-    """The same [`Rollout`] with other noise to inject, in update number `reuse` on it."""
-    noise = draw_noise(recipe, rollout.x0.shape[1:], group, rollout.samples, reuse)
-    return rollout._replace(noise=noise.to(rollout.x0.device, non_blocking=True))
-
-
 def graded_pass(models, rollout, plan, recipe):
     """Takes the graded step of all branches of a [`Plan`] from the x0 of a [`Rollout`] as one batch, decodes and
     scores it. Returns the loss, `torch.Tensor` of shape (), and metrics, a dict of detached tensors of shape ()."""
@@ -698,18 +685,11 @@ def update(accelerator, models, optimizer, rollouts, recipe, step):
 
 # ---- 8. What is trained: all weights, or a LoRA beside them. --------------------------------------------------------
 def choose_dtypes(mixed_precision, optimizer, lora_rank, deepspeed):
-    """The type of frozen and of saved weights, and the type that the transformer is loaded in. AdamW under autocast
-    needs the weights themselves in float32. DeepSpeed keeps float32 master weights of its own, adamw_8bit rounds
-    stochastically, and the base of a LoRA is not trained."""
+    """The type of frozen and saved weights, and that of the transformer. AdamW under autocast needs float32 weights;
+    DeepSpeed has float32 copies, adamw_8bit rounds stochastically, and the base of a LoRA is not trained."""
     weight_dtype = torch.bfloat16 if mixed_precision == "bf16" else torch.float32
     full = not deepspeed and optimizer == "adamw" and lora_rank is None
     return weight_dtype, torch.float32 if full else weight_dtype
-
-
-def deepspeed_config(accelerator):
-    """The configuration of DeepSpeed as a dict, or `None` without DeepSpeed."""
-    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-    return accelerator.state.deepspeed_plugin.deepspeed_config if deepspeed else None
 
 
 def lora_metadata(transformer):
@@ -726,10 +706,11 @@ def keep_rotary_tables(transformer, device):
         setattr(transformer.rope, name, table.to(device))
 
 
-def partition_weights(transformer, config):
+def partition_weights(accelerator, transformer):
     """Under ZeRO-3, splits the weights among processes one by one; DeepSpeed would first move all to every GPU.
-    Returns whether it did. `config` is that of DeepSpeed, or `None`."""
-    if config is None or config["zero_optimization"]["stage"] != 3:
+    Returns whether it did."""
+    config = accelerator.deepspeed_plugin.deepspeed_config if accelerator.deepspeed_plugin else {}
+    if config.get("zero_optimization", {}).get("stage") != 3:
         return False
     for parameter in transformer.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
@@ -742,13 +723,12 @@ def partition_weights(transformer, config):
 def prepare_base(accelerator, base):
     """Makes a frozen copy of the transformer compute as the prepared one does: in the same precision, and under ZeRO-3
     with its weights split among processes. `Accelerator.prepare` fills in the configuration first."""
-    config = deepspeed_config(accelerator)
-    if config is None:
+    if accelerator.deepspeed_plugin is None:
         base.to(accelerator.device).forward = accelerator.autocast()(base.forward)
         return base
-    if not partition_weights(base, config):
+    if not partition_weights(accelerator, base):
         return base.bfloat16().to(accelerator.device)
-    return deepspeed.initialize(model=base, config=config)[0].eval()
+    return deepspeed.initialize(model=base, config=accelerator.deepspeed_plugin.deepspeed_config)[0].eval()
 
 
 def recompute_bias_correction(optimizer):
@@ -764,11 +744,9 @@ def recompute_bias_correction(optimizer):
 
 def gather_weights(accelerator, transformer, dtype):
     """The trained weights on the CPU, {name: `torch.Tensor` of `dtype`}, on the main process, and {} on the others,
-    which must call it too. Under ZeRO-3 they are put together one by one, so that no GPU needs room for the whole
-    model."""
-    weights, whole = {}, nullcontext
-    if deepspeed_config(accelerator) is not None:
-        whole = deepspeed.zero.GatheredParameters
+    which must call it too. Under ZeRO-3 they are put together one by one: no GPU needs room for the whole model."""
+    weights = {}
+    whole = deepspeed.zero.GatheredParameters if accelerator.deepspeed_plugin else nullcontext
     for name, parameter in accelerator.unwrap_model(transformer).named_parameters():
         if parameter.requires_grad:
             with whole([parameter]):
@@ -777,18 +755,17 @@ def gather_weights(accelerator, transformer, dtype):
     return weights
 
 
-# ---- 9. Validation: fixed prompts, fixed noise, diffusers' own pipeline. --------------------------------------------
+# ---- 9. Validation: fixed prompts and fixed noise, painted and scored. ----------------------------------------------
 @dataclass
 class RunState:
     """Where a run stands."""
 
     step: int = 0  # updates that are done
     history: list = field(default_factory=list)  # a dict for each update and each validation
-    stopped_by: int = 0  # the signal that ended the run early
 
 
 class Validation(NamedTuple):
-    """What to paint, and how. The last six are flags."""
+    """What to paint, and how. The last four are flags."""
 
     captions: list[str]
     prompt_embeds: torch.Tensor  # (N, L, D)
@@ -803,51 +780,49 @@ class Validation(NamedTuple):
 
 @torch.no_grad()
 def paint_validation(accelerator, models, validation):
-    """Paints this process's share of the validation prompts and scores the images: a list of (number of the prompt,
-    pixels of shape (H, W, 3) uint8, reward, relative reward). The first reward is for the plain caption, the second
-    for that with the positive control words minus that with the negative ones."""
+    """Paints this process's share of the validation prompts. Returns a list of (number of the prompt, pixels (H, W, 3)
+    uint8, reward for the plain caption, its reward with the positive minus that with the negative control words)."""
     count, processes, painted = len(validation.captions), accelerator.num_processes, []
+    models = models._replace(solver=validation.solver)
     # Under ZeRO-3 all processes call the transformer equally often, so the shares are filled up with repeats.
     mine = [index % count for index in range(accelerator.process_index, -(-count // processes) * processes, processes)]
     for start in range(0, len(mine), validation.train_batch_size):
         indices = mine[start : start + validation.train_batch_size]
         generators = [make_generator(validation.seed, VALIDATION, index) for index in indices]
         noise = torch.stack([torch.randn(validation.shape, generator=generator) for generator in generators])
-        inputs = noise.to(accelerator.device), validation.prompt_embeds[indices].to(accelerator.device)
-        pixels, _ = decode_latents(models.vae, paint_latents(models._replace(solver=validation.solver), *inputs))
+        inputs = (tensor.to(accelerator.device) for tensor in (noise, validation.prompt_embeds[indices]))
+        pixels, _ = decode_latents(models.vae, paint_latents(models, *inputs))
         captions = [validation.captions[index] for index in indices]
         texts = [put_word_before(word, captions) for word in (*validation.positive_words, *validation.negative_words)]
-        rewards, with_words = models.reward.rewards(pixels, [captions, *texts]).split([1, len(texts)])
-        positive, negative = with_words.tensor_split([len(validation.positive_words)])
+        rewards = models.reward.rewards(pixels, [captions, *texts])
+        plain, positive, negative = rewards.tensor_split([1, 1 + len(validation.positive_words)])
         relative = positive.mean(0) - negative.mean(0)
         images = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        painted += zip(indices, images, rewards[0].tolist(), relative.tolist(), strict=True)
+        painted += zip(indices, images, plain[0].tolist(), relative.tolist(), strict=True)
     return painted
 
 
 def validate(accelerator, models, validation, state):
-    """Paints and scores all validation prompts; images and scores go to the trackers and to `images/step-N/`, and the
-    means over the images, `validation_reward` and `validation_relative`, to the history of the run."""
-    captions = validation.captions
-    logger.info(f"Running validation at step {state.step}: {len(captions)} images.")
+    """Paints and scores all validation prompts. Images and scores go to the trackers and to `images/step-N/`, their
+    means, `validation_reward` and `validation_relative`, to the history of the run."""
+    logger.info(f"Running validation at step {state.step}: {len(validation.captions)} images.")
     painted = {index: result for index, *result in gather_object(paint_validation(accelerator, models, validation))}
-    scores, images, folder = [], [], validation.folder / f"step-{state.step}"
-    for index, caption in enumerate(captions):
-        pixels, reward, relative = painted[index]
-        slug = re.sub(r"\W+", "-", caption.lower()).strip("-")[:48]
-        scores.append({"caption": caption, "image": f"{index:03d}-{slug}.png", "reward": reward, "relative": relative})
-        images.append(pixels)
+    images, rewards, relative = zip(*(painted[index] for index in sorted(painted)), strict=True)
+    means = {"validation_reward": np.mean(rewards).item(), "validation_relative": np.mean(relative).item()}
     if accelerator.is_main_process:
+        folder, scores = validation.folder / f"step-{state.step}", []
         folder.mkdir(parents=True, exist_ok=True)
-        for row, pixels in zip(scores, images, strict=True):
-            Image.fromarray(pixels).save(folder / row["image"])
+        for index, caption in enumerate(validation.captions):
+            slug = re.sub(r"\W+", "-", caption.lower()).strip("-")[:48]
+            name = f"{index:03d}-{slug}.png"
+            Image.fromarray(images[index]).save(folder / name)
+            scores.append({"caption": caption, "image": name, "reward": rewards[index], "relative": relative[index]})
         (folder / "scores.json").write_text(json.dumps(scores, indent=1))
         for tracker in accelerator.trackers:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             if hasattr(tracker, "log_images"):
                 tracker.log_images({"validation": np.stack(images)}, step=state.step, **layout)
     accelerator.wait_for_everyone()
-    means = {f"validation_{name}": np.mean([row[name] for row in scores]).item() for name in ("reward", "relative")}
     accelerator.log(means, step=state.step)
     state.history.append({"step": state.step, **means})
 
@@ -877,14 +852,13 @@ def save_reward_curve(history, output):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4), layout="tight")
-    curves = {
-        "Reward": {"reward_positive": "-", "reward_negative": "-", "validation_reward": "ko-"},
-        "Relative score": {"score_denoise": "-", "score_inversion": "-", "validation_relative": "ko-"},
-    }
-    for axis, (title, styles) in zip(figure.subplots(1, 2), curves.items(), strict=True):
-        for name, style in styles.items():
+    rewards = "Reward", ("reward_positive", "reward_negative", "validation_reward")
+    scores = "Relative score", ("score_denoise", "score_inversion", "validation_relative")
+    for axis, (title, names) in zip(figure.subplots(1, 2), (rewards, scores), strict=True):
+        for name in names:
             if rows := [(row["step"], row[name]) for row in history if name in row]:
-                axis.plot(*zip(*rows, strict=True), style, label=name.replace("_", ", "), alpha=0.8)
+                style = "ko-" if name.startswith("validation") else "-"
+                axis.plot(*np.transpose(rows), style, label=name.replace("_", ", "), alpha=0.8)
         axis.set(title=title, xlabel="update")
         axis.grid(alpha=0.3)
         axis.legend()
@@ -930,7 +904,7 @@ def save_checkpoint(accelerator, transformer, run, state):
             shutil.rmtree(leftover)
     accelerator.wait_for_everyone()
     # Frozen weights are those of the base model: without DeepSpeed, `keep_lora_only` leaves them out.
-    options = {} if deepspeed_config(accelerator) is None else {"exclude_frozen_parameters": True}
+    options = {"exclude_frozen_parameters": True} if accelerator.deepspeed_plugin else {}
     accelerator.save_state(str(unfinished), **options)
     os.sync()
     accelerator.wait_for_everyone()
@@ -950,8 +924,7 @@ def save_checkpoint(accelerator, transformer, run, state):
 
 
 def find_checkpoint(run, resume_from, max_train_steps):
-    """The checkpoint that `--resume_from_checkpoint` names, or `None`, and the [`RunState`] that it holds.
-    `ValueError` if the run cannot go on with it."""
+    """The checkpoint to resume from, or `None`, and its [`RunState`]. `ValueError` if the run cannot go on with it."""
     folder = resume_from
     if folder == "latest":
         folder = (list_checkpoints(run.output_dir) or [None])[-1]
@@ -972,9 +945,8 @@ def find_checkpoint(run, resume_from, max_train_steps):
 
 
 def save_weights(weights, output_dir, expert, config, lora):
-    """Writes trained weights, {name in the transformer: `torch.Tensor`}, as diffusers reads them, and returns the
-    path: a file for a LoRA with the metadata `lora`, otherwise the folder `expert` with the `config` of the
-    transformer."""
+    """Writes trained weights, {name in the transformer: `torch.Tensor`}, as diffusers reads them: a file for a LoRA,
+    which has the metadata `lora`, else the folder `expert` with the transformer's `config`. Returns the path."""
     if lora is not None:
         layers = {name.replace(".default.", "."): weight for name, weight in weights.items()}
         diffusers.WanPipeline.save_lora_weights(output_dir, layers, transformer_lora_adapter_metadata=lora)
@@ -987,13 +959,18 @@ def save_weights(weights, output_dir, expert, config, lora):
     return folder
 
 
-MODEL_CARD = """
-# SRPO fine-tuning of {base}
+MODEL_CARD = """---
+{{ card_data }}
+---
 
-{what} of [{base}](https://huggingface.co/{base}), fine-tuned for text-to-image with SRPO on the reward of
-{flags[reward_model]}: {updates} updates{rewards}.
+# SRPO fine-tuning of {{ base }}
 
-{images}
+{{ what }} of [{{ base }}](https://huggingface.co/{{ base }}), fine-tuned for text-to-image with SRPO on the reward of
+{{ flags.reward_model }}: {{ updates }} updates{% if scores %}, relative reward {{ "%.4f" % scores[0] }} -> {{
+"%.4f" % scores[-1] }}{% endif %}.
+
+{% if scores %}![Validation images before and after training](before_after.png)
+{% endif %}
 ![Reward curve](reward.png)
 
 ## How to use it
@@ -1002,12 +979,13 @@ MODEL_CARD = """
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 
-{load_expert}
-pipe = WanPipeline.from_pretrained("{base}", {experts}, dtype=torch.bfloat16).to("cuda")
+expert = WanTransformer3DModel.from_pretrained("{{ source }}", subfolder="{{ run.expert }}", dtype=torch.bfloat16)
+{% if flags.lora_rank %}expert.load_lora_adapter("{{ run.repo_id }}", weight_name="{{ file }}", use_safetensors=True)
+{% endif %}pipe = WanPipeline.from_pretrained("{{ base }}", {{ experts }}, dtype=torch.bfloat16).to("cuda")
 image = pipe(
-    "a red fox in the snow", num_frames=1, height={flags[validation_size]}, width={flags[validation_size]},
-    num_inference_steps={flags[num_inference_steps]}, guidance_scale={flags[validation_guidance_scale]},
-    max_sequence_length={flags[max_sequence_length]}, output_type="pil",
+    "a red fox in the snow", num_frames=1, height={{ flags.validation_size }}, width={{ flags.validation_size }},
+    num_inference_steps={{ flags.num_inference_steps }}, guidance_scale={{ flags.validation_guidance_scale }},
+    max_sequence_length={{ flags.max_sequence_length }}, output_type="pil",
 ).frames[0][0]
 image.save("fox.png")
 ```
@@ -1016,7 +994,9 @@ image.save("fox.png")
 
 | flag | value |
 |---|---|
-{settings}
+{% for name, value in flags | dictsort if value is not none and name not in hidden %}| `--{{ name }}` | {{
+value | join(" ") if value is iterable and value is not string else value }} |
+{% endfor %}
 Method: Shen et al. 2025, *Directly Aligning the Full Diffusion Trajectory with Fine-Grained Human Preference*,
 https://arxiv.org/abs/2509.06942.
 """
@@ -1025,32 +1005,20 @@ https://arxiv.org/abs/2509.06942.
 def save_model_card(run, history):
     """Writes the `README.md` of the output folder: what it is, how to use it, how it was made."""
     base, rank = run.flags["pretrained_model_name_or_path"], run.flags["lora_rank"]
-    load = 'expert = WanTransformer3DModel.from_pretrained("{}", subfolder="{}", dtype=torch.bfloat16)'
-    what, load_expert, tags = f"`{run.expert}`", load.format(run.repo_id, run.expert), []
-    if rank is not None:
-        load_lora = f'expert.load_lora_adapter("{run.repo_id}", weight_name="{LORA_FILE}", use_safetensors=True)'
-        load_expert = f"{load.format(base, run.expert)}\n{load_lora}"
-        what, tags = f"A LoRA of rank {rank} for `{run.expert}`", ["lora"]
-    scores = [row["validation_relative"] for row in history if "validation_relative" in row]
-    settings = ""
-    for name, value in sorted(run.flags.items()):
-        if value is not None and name not in ("hub_token", "output_dir", "validation_prompts"):
-            value = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
-            settings += f"| `--{name}` | {value} |\n"
+    tags = ["text-to-image", "diffusers", "wan", "srpo", *(["lora"] if rank else [])]
+    data = {"license": "apache-2.0", "library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags}
     alone = "transformer=None, transformer_2=expert, boundary_ratio=1.0"
-    content = MODEL_CARD.format(
-        **{"base": base, "flags": run.flags, "what": what, "load_expert": load_expert, "settings": settings},
+    card = huggingface_hub.ModelCard.from_template(
+        huggingface_hub.ModelCardData(base_model=None if Path(base).is_dir() else base, **data),
+        template_str=MODEL_CARD,
+        **{"run": run, "flags": run.flags, "base": base, "source": base if rank else run.repo_id, "file": LORA_FILE},
+        what=f"A LoRA of rank {rank} for `{run.expert}`" if rank else f"`{run.expert}`",
         experts=alone if run.two_experts else f"{run.expert}=expert",
         updates=max((row["step"] for row in history), default=0),
-        rewards=f", relative reward {scores[0]:.4f} -> {scores[-1]:.4f}" if scores else "",
-        images="![Validation images before and after training](before_after.png)\n" if scores else "",
+        scores=[row["validation_relative"] for row in history if "validation_relative" in row],
+        hidden=("hub_token", "output_dir", "validation_prompts"),
     )
-    data = huggingface_hub.ModelCardData(
-        **{"license": "apache-2.0", "library_name": "diffusers", "pipeline_tag": "text-to-image"},
-        **{"tags": ["text-to-image", "diffusers", "wan", "srpo", *tags]},
-        base_model=None if Path(base).is_dir() else base,
-    )
-    huggingface_hub.ModelCard(f"---\n{data.to_yaml()}\n---\n{content}").save(run.output_dir / "README.md")
+    card.save(run.output_dir / "README.md")
 
 
 def save_results(accelerator, transformer, run, state):
@@ -1088,10 +1056,10 @@ def with_retries(request, attempts=5):
 def upload(run, step):
     """Uploads the output folder without its checkpoints. If that fails, the folder is whole and a message says how."""
     ignored, folder = ["checkpoint-*", f"{run.flags['logging_dir']}/*"], str(run.output_dir)
+    request = partial(huggingface_hub.upload_folder, repo_id=run.repo_id, folder_path=folder)
     options = {"commit_message": f"After {step} updates", "token": run.flags["hub_token"]}
     try:
-        options |= {"repo_id": run.repo_id, "folder_path": folder, "ignore_patterns": [*ignored]}
-        with_retries(lambda: huggingface_hub.upload_folder(**options))
+        with_retries(lambda: request(ignore_patterns=[*ignored], **options))
     except Exception as error:  # whatever it was, the run goes on and its files are safe
         exclude = [word for pattern in ignored for word in ("--exclude", pattern)]
         command = shlex.join(["hf", "upload", run.repo_id, folder, ".", *exclude])
@@ -1108,8 +1076,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 def parse_args(input_args=None):
     parser = argparse.ArgumentParser(
         description="Fine-tune the low-noise expert of Wan2.2 for text-to-image with SRPO.",
-        usage="accelerate launch --config_file CONFIG %(prog)s --pretrained_model_name_or_path M --dataset_name D "
-        "--reward_model {HPS,PickScore,CLIP} --reward_model_path P --output_dir O [options, see --help]",
+        usage="accelerate launch --config_file F %(prog)s --pretrained_model_name_or_path M --dataset_name D [...]",
         formatter_class=HelpFormatter,
     )
 
@@ -1139,21 +1106,18 @@ def parse_args(input_args=None):
     add("--reward_margin", type=float, default=0.7, help="The score from which on the hinge loss is zero.")
     add("--loss_weight_shift", type=float, help="Weigh the loss at position p by this shift's curve at p / length.")
     add("--drift_weight", type=float, default=0.0, help="Weight in the loss of (velocity - untrained velocity)^2.")
-    window = {"type": int, "nargs": 2, "metavar": ("FIRST", "LAST")}
-    add("--train_timestep", **window, default=[5, 25], help="The trained steps of the num_inference_steps.")
+    add("--train_timestep", type=int, nargs=2, default=[5, 25], help="The trained steps of the num_inference_steps.")
     add("--timestep_length", type=int, default=1000, help="Number of noise levels in the trained window.")
     add("--groundtruth_ratio", type=float, default=0.9, help="Injected noise, as a share of the window.")
-    ends = {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}
-    discount = "Extra weight of the {} caption in the {} branch, at the low- and high-noise end."
-    add("--discount_pos", **ends, default=[0.1, 0.25], help=discount.format("positive", "denoise"))
-    add("--discount_inv", **ends, default=[0.3, 0.01], help=discount.format("negative", "inversion"))
+    discount = {"type": float, "nargs": 2, "help": "Extra weight of the favoured caption, at low and at high noise."}
+    add("--discount_pos", **discount, default=[0.1, 0.25])
+    add("--discount_inv", **discount, default=[0.3, 0.01])
     add("--shift", type=float, default=1.0, help="Shift of the schedule that the window is cut from.")
     add("--num_inference_steps", type=int, default=40, help="Steps of that schedule, and of validation images.")
     add = parser.add_argument_group("rollout").add_argument
     add("--sampling_steps", type=int, default=10, help="The number of denoising steps of a rollout.")
     add("--rollout_scheduler", choices=["unipc", "euler"], default="unipc", help="The solver of rollouts.")
-    add("--rollout_start", choices=["noise", "boundary"], default="noise",
-        help="boundary: from latents that the high-noise expert painted; see `embed_prompts.py --boundary_latents`.")
+    add("--rollout_start", choices=["noise", "boundary"], default="noise", help="boundary: from stored latents.")
     add("--rollout_batch_size", type=int, help="Samples to roll out at once (per device). Default: train_batch_size.")
     add("--updates_per_rollout", type=int, default=1, help="Number of updates that a rollout is used for.")
     add("--renew_noise", action="store_true", help="Also inject new noise in further updates on the same rollout.")
@@ -1164,8 +1128,7 @@ def parse_args(input_args=None):
     add("--lora_rank", type=int, help="Train a LoRA of this rank beside the weights. Default: train all weights.")
     add("--lora_alpha", type=float, help="Scale of the LoRA: alpha / rank. Default: the rank.")
     add("--lora_dropout", type=float, help="Dropout probability of the LoRA's input in the graded step. Default: 0.")
-    modules = "Names of the linear layers that get a LoRA. Default: " + " ".join(LORA_TARGET_MODULES)
-    add("--lora_target_modules", nargs="+", help=modules)
+    add("--lora_target_modules", nargs="+", help="Names of the layers that get a LoRA. Default: those of attention.")
     add("--base_weights", choices=["fp8"], help="Store frozen linear layers in float8 (e4m3), half of bf16.")
     add = parser.add_argument_group("optimization").add_argument
     add("--seed", type=int, default=42, help="A seed for reproducible training.")
@@ -1176,8 +1139,7 @@ def parse_args(input_args=None):
     schedulers = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
     add("--lr_scheduler", choices=schedulers, default="constant", help="The scheduler type to use.")
     add("--lr_warmup_steps", type=int, default=0, help="Number of steps for the warmup in the lr scheduler.")
-    add("--optimizer", choices=["adamw", "adamw_8bit"], default="adamw",
-        help="adamw_8bit: states of 8 bits, and bf16 weights that are rounded stochastically; 6 bytes each, not 16.")
+    add("--optimizer", choices=["adamw", "adamw_8bit"], default="adamw", help="adamw_8bit: 6 bytes a weight, not 16.")
     add("--adam_beta1", type=float, default=0.9, help="The beta1 parameter for the AdamW optimizer.")
     add("--adam_beta2", type=float, default=0.999, help="The beta2 parameter for the AdamW optimizer.")
     add("--adam_weight_decay", type=float, default=1e-4, help="Weight decay to use.")
@@ -1187,8 +1149,7 @@ def parse_args(input_args=None):
     add("--compile", action="store_true", help="Compile the blocks of the transformer: minutes once, then faster.")
     add("--allow_tf32", action="store_true", help="Whether or not to allow TF32 on Ampere and later GPUs.")
     add = parser.add_argument_group("validation").add_argument
-    prompts = "Prompts of the dataset to paint, or none. Default: its split `validation`, or its first four captions."
-    add("--validation_prompts", nargs="*", help=prompts)
+    add("--validation_prompts", nargs="*", help="Prompts of the dataset. Default: split `validation`, or the first 4.")
     add("--validation_steps", type=int, default=10, help="Run validation every X updates, and at the end.")
     add("--validation_size", type=int, default=1024, help="The side in pixels of validation images.")
     add("--validation_guidance_scale", type=float, default=3.0, help="Guidance scale of validation images.")
@@ -1209,12 +1170,10 @@ def parse_args(input_args=None):
     # fmt: on
 
     args = parser.parse_args(input_args)
-    counts = (
-        "train_batch_size gradient_accumulation_steps max_train_steps max_sequence_length sampling_steps lora_rank "
-    )
+    counts = "train_batch_size gradient_accumulation_steps max_train_steps max_sequence_length sampling_steps "
     counts += "num_inference_steps validation_steps checkpointing_steps updates_per_rollout rollout_batch_size "
     for names, valid, what in (
-        (counts + "checkpoints_total_limit", lambda value: value >= 1, "at least 1"),
+        (counts + "checkpoints_total_limit lora_rank", lambda value: value >= 1, "at least 1"),
         ("shift rollout_shift loss_weight_shift max_grad_norm lora_alpha", lambda value: value > 0, "positive"),
         ("seed learning_rate drift_weight", lambda value: value >= 0, "at least 0"),
         ("timestep_length", lambda value: value >= 2 * POSITION_MARGIN, f"at least {2 * POSITION_MARGIN}"),
@@ -1224,31 +1183,29 @@ def parse_args(input_args=None):
         for name in names.split():
             if getattr(args, name) is not None and not valid(getattr(args, name)):
                 parser.error(f"`--{name}` must be {what}, but is {getattr(args, name)}.")
-    check_combinations(args, parser.error)
+    (first, last), steps = args.train_timestep, args.num_inference_steps
+    if not 0 <= first < last <= steps:
+        window = f"`--train_timestep {first} {last}`"
+        parser.error(f"{window} must be two growing steps of the {steps} `--num_inference_steps`.")
+    if args.checkpointing_steps % args.updates_per_rollout:
+        parser.error(
+            "`--checkpointing_steps` must be a multiple of `--updates_per_rollout`, to resume with a new one."
+        )
+    if args.renew_noise and args.updates_per_rollout == 1:
+        parser.error("`--renew_noise` needs `--updates_per_rollout` above 1; each rollout has new noise anyway.")
+    for name in ("lora_alpha", "lora_dropout", "lora_target_modules", "base_weights"):
+        if args.lora_rank is None and getattr(args, name) is not None:
+            parser.error(f"`--{name}` needs `--lora_rank`; without it there is no LoRA and all weights are trained.")
+    if args.optimizer == "adamw_8bit" and importlib.util.find_spec("torchao") is None:
+        parser.error("`--optimizer adamw_8bit` needs torchao: run `pip install torchao`.")
+    if args.hub_strategy == "checkpoint" and not args.push_to_hub:
+        parser.error("`--hub_strategy checkpoint` needs `--push_to_hub`.")
+    if args.push_to_hub and not (args.hub_token or huggingface_hub.get_token()):
+        parser.error("`--push_to_hub` needs a token: run `hf auth login` or pass `--hub_token`.")
     if args.lora_rank is not None:
         args.lora_alpha, args.lora_dropout = args.lora_alpha or args.lora_rank, args.lora_dropout or 0.0
         args.lora_target_modules = sorted(args.lora_target_modules or LORA_TARGET_MODULES)
     return args
-
-
-def check_combinations(args, error):
-    """Refuses flags that mean nothing together. `error` takes the message and does not return."""
-    (first, last), steps = args.train_timestep, args.num_inference_steps
-    if not 0 <= first < last <= steps:
-        error(f"`--train_timestep {first} {last}` must be two growing steps of the {steps} `--num_inference_steps`.")
-    if args.checkpointing_steps % args.updates_per_rollout:
-        error("`--checkpointing_steps` must be a multiple of `--updates_per_rollout`, to resume with a new rollout.")
-    if args.renew_noise and args.updates_per_rollout == 1:
-        error("`--renew_noise` needs `--updates_per_rollout` above 1; each rollout has new noise anyway.")
-    for name in ("lora_alpha", "lora_dropout", "lora_target_modules", "base_weights"):
-        if args.lora_rank is None and getattr(args, name) is not None:
-            error(f"`--{name}` needs `--lora_rank`; without it there is no LoRA and all weights are trained.")
-    if args.optimizer == "adamw_8bit" and importlib.util.find_spec("torchao") is None:
-        error("`--optimizer adamw_8bit` needs torchao: run `pip install torchao`.")
-    if args.hub_strategy == "checkpoint" and not args.push_to_hub:
-        error("`--hub_strategy checkpoint` needs `--push_to_hub`.")
-    if args.push_to_hub and not (args.hub_token or huggingface_hub.get_token()):
-        error("`--push_to_hub` needs a token: run `hf auth login` or pass `--hub_token`.")
 
 
 def settings_of(kind, flags):
@@ -1293,12 +1250,9 @@ class ModelInfo(NamedTuple):
 
 def read_model_info(args):
     """The [`ModelInfo`] of the base model from its configs. `ValueError` if it is not Wan or lacks the expert."""
-    flag, expert = (
-        f"`--pretrained_model_name_or_path {args.pretrained_model_name_or_path}`",
-        args.transformer_subfolder,
-    )
-    names = ("pretrained_model_name_or_path", "revision", "variant", "cache_dir")
-    source = {name: getattr(args, name) for name in names}
+    path, expert = args.pretrained_model_name_or_path, args.transformer_subfolder
+    names, flag = ("revision", "variant", "cache_dir"), f"`--pretrained_model_name_or_path {path}`"
+    source = {"pretrained_model_name_or_path": path, **{name: getattr(args, name) for name in names}}
     with input_error(f"{flag} is not a Wan pipeline in the layout of diffusers"), torch.device("meta"):
         index = diffusers.WanPipeline.load_config(**source)
         scheduler = diffusers.UniPCMultistepScheduler.load_config(**source, subfolder="scheduler")
@@ -1427,26 +1381,20 @@ def check_dataset(args, model):
         advice = "Give it to `embed_prompts.py --validation_prompts`."
         raise ValueError(f"`--validation_prompts`: {name} has no embedding of {lacking[0]!r}. {advice}")
     if args.rollout_start == "boundary":
-        check_boundary_latents(dataset["train"], name, vars(args), model.flow_shift)
+        rows, wanted = dataset["train"], {**vars(args), "rollout_shift": args.rollout_shift or model.flow_shift}
+        lacking = {*BOUNDARY_COLUMNS, "boundary_settings"} - set(rows.column_names)
+        settings = [None] if lacking else rows.unique("boundary_settings")
+        if None in settings:
+            raise ValueError(f"{name} has no boundary latents, or rows without; see `embed_prompts.py --help`.")
+        for flag, found in ((flag, json.loads(each)[flag]) for each in settings for flag in BOUNDARY_FLAGS):
+            if found != wanted[flag]:
+                problem = f"{name} has boundary latents of `--{flag} {found}`, not {wanted[flag]}."
+                raise ValueError(f"{problem} Train with the same, or make others with embed_prompts.py.")
     return dataset
 
 
-def check_boundary_latents(rows, name, flags, flow_shift):
-    """Refuses rows without boundary latents, and such as were painted with other `flags`, a dict, than training's."""
-    lacking = {*BOUNDARY_COLUMNS, "boundary_settings"} - set(rows.column_names)
-    settings = [None] if lacking else rows.unique("boundary_settings")
-    if None in settings:
-        raise ValueError(f"{name} has no boundary latents, or rows without; see `embed_prompts.py --help`.")
-    wanted = {**flags, "rollout_shift": flags["rollout_shift"] or flow_shift}
-    for flag, found in ((flag, json.loads(each)[flag]) for each in settings for flag in BOUNDARY_FLAGS):
-        if found != wanted[flag]:
-            problem = f"{name} has boundary latents of `--{flag} {found}`, not {wanted[flag]}."
-            raise ValueError(f"{problem} Train with the same, or make others with embed_prompts.py.")
-
-
 def check_reward(args):
-    """Fills in the defaults of `--reward_model_path` and `--reward_processor_path` and refuses a checkpoint that is
-    missing or of another architecture."""
+    """Fills in defaults of the reward's paths. Refuses a checkpoint that is missing or of another architecture."""
     if args.reward_model == "HPS":
         with input_error(f"Without `--reward_model_path`, {HPS_FILE} is needed from the Hub, which failed"):
             path = args.reward_model_path or huggingface_hub.hf_hub_download(HPS_REPOSITORY, HPS_FILE)
@@ -1479,19 +1427,15 @@ def check_reward(args):
 
 def check_output_dir(output_dir, resume_from, overwrite):
     """Refuses to write into the output of another run, and a checkpoint to resume from that is not there."""
-    output = Path(output_dir)
-    named = resume_from not in (None, "latest")
-    if named and (Path(resume_from).suffix == ".unfinished" or not Path(resume_from, "trainer_state.json").is_file()):
-        found = ", ".join(map(str, list_checkpoints(output))) or "none"
-        advice = f"`output_dir` has {found}."
+    output, named = Path(output_dir), resume_from not in (None, "latest")
+    if named and (resume_from.endswith(".unfinished") or not Path(resume_from, "trainer_state.json").is_file()):
+        advice = f"`output_dir` has {', '.join(map(str, list_checkpoints(output))) or 'none'}."
         raise ValueError(f"`--resume_from_checkpoint {resume_from}` is not a complete checkpoint; {advice}")
     if output.exists() and not output.is_dir():
         raise ValueError(f"`--output_dir {output}` is a file.")
     if output.is_dir() and any(output.iterdir()) and not (resume_from or overwrite):
-        raise ValueError(
-            f"`--output_dir {output}` is not empty. Choose another, continue its run with `--resume_from_checkpoint "
-            "latest`, or delete it with `--overwrite_output_dir`."
-        )
+        advice = "continue its run with `--resume_from_checkpoint latest`, or delete it with `--overwrite_output_dir`"
+        raise ValueError(f"`--output_dir {output}` is not empty. Choose another, {advice}.")
 
 
 def check_deepspeed(args, config, num_processes):
@@ -1514,25 +1458,16 @@ def check_deepspeed(args, config, num_processes):
         ("gradient_clipping", args.max_grad_norm, "max_grad_norm"),
     ):
         if config.get(name, "auto") not in ("auto", value):
-            problem = (
-                f"The DeepSpeed file says `{name}` {config[name]}, but `--{flag}` and {num_processes} processes make"
-            )
-            raise ValueError(f'{problem} it {value}. Write "auto" into the file, or change the flag.')
+            problem = f"The DeepSpeed file says `{name}` {config[name]}, but `--{flag}` and {num_processes} processes"
+            raise ValueError(f'{problem} make it {value}. Write "auto" into the file, or change the flag.')
 
 
 # ---- 12. Set-up, and the run. ---------------------------------------------------------------------------------------
 def make_accelerator(args):
     """The [`Accelerator`] of the run, with DeepSpeed's settings filled in from the script's flags."""
-    # Will error if the minimal version of diffusers is not installed. Remove at your own risks.
-    diffusers.utils.check_min_version("0.40.0")
-    transformers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.set_verbosity_error()
-    on_cpu = not torch.accelerator.is_available()
-    uses_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    on_cpu, uses_deepspeed = not torch.accelerator.is_available(), os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     # The others wait while one process downloads or writes a model. On CPUs DeepSpeed must not look for NCCL.
-    process_group = InitProcessGroupKwargs(timeout=timedelta(hours=2))
-    if on_cpu and uses_deepspeed:
-        process_group.backend = "gloo"
+    backend = {"backend": "gloo"} if on_cpu and uses_deepspeed else {}
     logging_dir = str(Path(args.output_dir, args.logging_dir))
     file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     with input_error(f"`accelerate launch` and its configuration files (DeepSpeed: `{file}`) cannot be used together"):
@@ -1542,11 +1477,12 @@ def make_accelerator(args):
             log_with=None if args.report_to == "none" else args.report_to,
             project_config=ProjectConfiguration(args.output_dir, logging_dir=logging_dir),
             step_scheduler_with_optimizer=False,  # the learning rate follows updates, not updates times processes
-            kwargs_handlers=[process_group],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2), **backend)],
         )
     if accelerator.mixed_precision == "fp16":
         raise ValueError("`mixed_precision: fp16` is too narrow for Wan's transformer. Use bf16.")
-    if (config := deepspeed_config(accelerator)) is not None:
+    if accelerator.deepspeed_plugin:
+        config = accelerator.deepspeed_plugin.deepspeed_config
         check_deepspeed(args, config, accelerator.num_processes)
         # "auto" in the JSON would become 1.0, whatever `--max_grad_norm` says, and DeepSpeed does the clipping.
         config["gradient_clipping"] = args.max_grad_norm
@@ -1559,7 +1495,8 @@ def make_accelerator(args):
 def make_run(accelerator, args, model, dtype):
     """The [`Run`] of the flags."""
     engine, batch = "without DeepSpeed", ("train_batch_size", "gradient_accumulation_steps", "updates_per_rollout")
-    if (config := deepspeed_config(accelerator)) is not None:
+    if accelerator.deepspeed_plugin:
+        config = accelerator.deepspeed_plugin.deepspeed_config
         zero, masters = config["zero_optimization"], "bf16_master_weights_and_grads"
         options = [name for name in ("offload_param", "offload_optimizer") if name in zero]
         options += [masters] if config.get("bf16", {}).get(masters) else []
@@ -1580,8 +1517,8 @@ def make_run(accelerator, args, model, dtype):
 
 
 def prepare_output(accelerator, run):
-    """Clears what an earlier run left if `--overwrite_output_dir`, starts logging, details to `train.log` only, and
-    creates the repository to push to, if it is not there. Returns the [`Run`] with its whole name."""
+    """Makes the repository to push to and the output folder, and starts logging. Returns the [`Run`] with the whole
+    name of the repository. Details are logged to `train.log` only."""
     logging.basicConfig(format=LOG_FORMAT, datefmt="%m/%d/%Y %H:%M:%S")
     for handler in logging.getLogger().handlers:
         handler.setLevel(logging.INFO)
@@ -1632,15 +1569,11 @@ def set_up_transformer(transformer, args):
 
 
 def load_models(accelerator, args, model, dtypes):
-    """The [`Models`] of the flags, without the embedding of the negative prompt. Frozen models are on their device,
-    the transformer is where it was loaded. `dtypes` are those of [`choose_dtypes`]."""
+    """The [`Models`] of the flags, but for the negative prompt; see [`choose_dtypes`] for `dtypes`."""
     device, (weight_dtype, transformer_dtype) = accelerator.device, dtypes
     vae = diffusers.AutoencoderKLWan.from_pretrained(**model.source, subfolder="vae", dtype=weight_dtype)
     options = {"device": device, "dtype": torch.bfloat16 if args.reward_dtype == "bf16" else torch.float32}
-    if args.reward_model == "HPS":
-        reward = HPSReward(args.reward_model_path, **options)
-    else:
-        reward = CLIPReward(args.reward_model_path, args.reward_processor_path, **options)
+    kind = HPSReward if args.reward_model == "HPS" else partial(CLIPReward, processor_path=args.reward_processor_path)
     load_expert = partial(diffusers.WanTransformer3DModel.from_pretrained, **model.source, subfolder=model.expert)
     transformer, base = load_expert(dtype=transformer_dtype), None
     torch.manual_seed(args.seed)  # all processes make the same LoRA
@@ -1651,13 +1584,13 @@ def load_models(accelerator, args, model, dtypes):
         keep_rotary_tables(base, device)
     scheduler = make_scheduler(args.rollout_scheduler, args.rollout_shift or model.flow_shift)
     boundary = model.boundary_ratio if args.rollout_start == "boundary" else None
+    token_patch = model.transformer.config.patch_size if model.expand_timesteps else None
     return Models(
         transformer=transformer,
         vae=flatten_vae(vae).requires_grad_(False).eval().to(device),
-        reward=reward,
+        reward=kind(args.reward_model_path, **options),
         solver=Solver(scheduler, args.sampling_steps, args.rollout_guidance_scale, boundary),
-        token_patch=model.transformer.config.patch_size if model.expand_timesteps else None,
-        base=base,
+        **{"token_patch": token_patch, "base": base},
     )
 
 
@@ -1690,17 +1623,9 @@ def make_validation(args, dataset, collate, model):
     return settings_of(Validation, vars(args) | own | {"folder": Path(args.output_dir, "images")})
 
 
-def make_batches(sampler, rows, collate, num_workers, pin_memory):
-    """An iterator over the micro-batches of this process: pairs of sample numbers and what `collate` made of them."""
-    options = {"num_workers": num_workers, "worker_init_fn": partial(handle_stop_signals, signal.SIG_IGN)}
-    options |= {"batch_sampler": sampler, "collate_fn": collate, "pin_memory": pin_memory}
-    dataloader = torch.utils.data.DataLoader(rows.with_format("numpy"), **options)
-    return zip(map(sampler.samples, sampler.numbers), dataloader, strict=True)
-
-
 def gather_means(accelerator, metrics, received):
-    """The means of {name: tensor of shape ()} over all processes, as floats, and the signal, if any, that one of them
-    has `received`. Apart from what UniPC and DeepSpeed do, this is where an update waits for the GPU."""
+    """The means of {name: tensor of shape ()} over all processes, as floats, and the signal that one of them has
+    `received`, or 0. Apart from what UniPC and DeepSpeed do, this is where an update waits for the GPU."""
     received = torch.tensor(float(received), device=accelerator.device)
     gathered = accelerator.gather(torch.stack([*metrics.values(), received])[None])
     *means, received = torch.cat([gathered.mean(0)[:-1], gathered.max(0).values[-1:]]).tolist()
@@ -1708,6 +1633,11 @@ def gather_means(accelerator, metrics, received):
 
 
 def main(args):
+    # Will error if the minimal version of diffusers is not installed. Remove at your own risks.
+    diffusers.utils.check_min_version("0.40.0")
+    transformers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.set_verbosity_error()
+
     # 1. Refuse what cannot succeed before any model is loaded.
     with one_line_errors():
         check_output_dir(args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir)
@@ -1717,8 +1647,8 @@ def main(args):
         check_reward(args)
         check_model_files(model)
         accelerator = make_accelerator(args)
-        config, device = deepspeed_config(accelerator), accelerator.device
-        dtypes = choose_dtypes(accelerator.mixed_precision, args.optimizer, args.lora_rank, config is not None)
+        device, uses_deepspeed = accelerator.device, accelerator.deepspeed_plugin is not None
+        dtypes = choose_dtypes(accelerator.mixed_precision, args.optimizer, args.lora_rank, uses_deepspeed)
         run = make_run(accelerator, args, model, dtypes[0])
         checkpoint, state = find_checkpoint(run, args.resume_from_checkpoint, args.max_train_steps)
         run = prepare_output(accelerator, run)
@@ -1735,16 +1665,15 @@ def main(args):
     models = load_models(accelerator, args, model, dtypes)._replace(negative_prompt_embeds=negative)
     validation = make_validation(args, dataset, collate, model)
     transformer, base = models.transformer, models.base
-    partition_weights(transformer, config)
+    partition_weights(accelerator, transformer)
     optimizer = make_optimizer(args, transformer.parameters())
     transformer, optimizer = accelerator.prepare(transformer, optimizer)
     models = models._replace(transformer=transformer, base=base and prepare_base(accelerator, base))
     # With offload, DeepSpeed's AdamW for the CPU replaces the optimizer; the schedule must set the rate of that one.
-    adam = optimizer.optimizer if config is None else optimizer.optimizer.optimizer
+    adam = optimizer.optimizer.optimizer if uses_deepspeed else optimizer.optimizer
     recompute_bias_correction(adam)
-    lr_scheduler = diffusers.optimization.get_scheduler(
-        args.lr_scheduler, adam, None, args.lr_warmup_steps, args.max_train_steps
-    )
+    schedule = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
+    lr_scheduler = diffusers.optimization.get_scheduler(args.lr_scheduler, adam, **schedule)
     accelerator.register_for_checkpointing(lr_scheduler)
     if args.lora_rank is not None:
         accelerator.register_save_state_pre_hook(keep_lora_only)
@@ -1761,7 +1690,7 @@ def main(args):
     if checkpoint is not None:
         if validation is not None and not (validation.folder / "step-0" / "scores.json").is_file():
             validate(accelerator, models, validation, RunState())
-        lenient = "strict" if config is None else "load_module_strict"  # frozen weights under a LoRA are there already
+        lenient = "load_module_strict" if uses_deepspeed else "strict"  # frozen weights under a LoRA are there already
         accelerator.load_state(str(checkpoint), **({} if args.lora_rank is None else {lenient: False}))
         logger.info(f"Resumed from {checkpoint} at step {state.step}")
     validate_if_due()
@@ -1773,8 +1702,11 @@ def main(args):
     share = args.train_batch_size, accelerator.process_index, accelerator.num_processes
     sampler = SampleSampler(len(dataset["train"]), args.seed, numbers, *share)
     columns = ["caption", "prompt_embeds", *(BOUNDARY_COLUMNS if args.rollout_start == "boundary" else ())]
-    rows = dataset["train"].select_columns(columns)
-    batches = make_batches(sampler, rows, collate, args.dataloader_num_workers, device.type == "cuda")
+    rows = dataset["train"].select_columns(columns).with_format("numpy")
+    workers = {"num_workers": args.dataloader_num_workers, "pin_memory": device.type == "cuda"}
+    workers["worker_init_fn"] = partial(handle_stop_signals, signal.SIG_IGN)
+    dataloader = torch.utils.data.DataLoader(rows, batch_sampler=sampler, collate_fn=collate, **workers)
+    batches = zip(map(sampler.samples, sampler.numbers), dataloader, strict=True)
     samples_per_update = args.train_batch_size * accelerator.num_processes * accumulation
     logger.info("***** Running training *****")
     logger.info(f"  Num captions = {len(rows)}")
@@ -1784,7 +1716,7 @@ def main(args):
     bar = {"desc": "Steps", "disable": not accelerator.is_local_main_process}  # one on each machine
     progress_bar = tqdm(total=args.max_train_steps, initial=state.step, **bar)
     # A signal is remembered, so that the update at hand is finished and saved before the run ends.
-    signals = [0]
+    signals, stopped_by = [0], 0
     handle_stop_signals(lambda number, _frame: signals.append(number))
 
     for step in range(state.step, args.max_train_steps):
@@ -1795,16 +1727,17 @@ def main(args):
             batch_size = args.rollout_batch_size or args.train_batch_size
             rollouts = make_rollouts(models, islice(batches, accumulation), recipe, shape, group, batch_size)
         elif args.renew_noise:
-            rollouts = [renew_noise(rollout, recipe, group, reuse) for rollout in rollouts]
+            noise = [draw_noise(recipe, shape, group, rollout.samples, reuse).to(device) for rollout in rollouts]
+            rollouts = [rollout._replace(noise=new) for rollout, new in zip(rollouts, noise, strict=True)]
         # 6. Inject noise, step, recover, decode, score, back-propagate, update.
         metrics = update(accelerator, models, optimizer, rollouts, recipe, step)
         # 7. Log.
-        metrics, received = gather_means(accelerator, metrics, signals[-1])
-        if not np.isfinite(list(metrics.values())).all():
-            raise SystemExit(f"error: not finite at step {step + 1}: {metrics}")
+        logs, received = gather_means(accelerator, metrics, signals[-1])
+        if not np.isfinite(list(logs.values())).all():
+            raise SystemExit(f"error: not finite at step {step + 1}: {logs}")
         seconds, host = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else host
-        logs = {**metrics, "lr": float(lr_scheduler.get_last_lr()[0]), "seconds": seconds}
+        logs |= {"lr": float(lr_scheduler.get_last_lr()[0]), "seconds": seconds}
         logs |= {"images_per_second": samples_per_update / seconds, "peak_memory_gb": peak / 1e9}
         lr_scheduler.step()
         state.step += 1
@@ -1814,25 +1747,25 @@ def main(args):
         progress_bar.set_postfix(loss=f"{logs['loss']:.4f}", reward=f"{logs['reward_positive']:.4f}")
         logger.debug(f"step {state.step}: " + ", ".join(f"{name} {value:.5g}" for name, value in logs.items()))
         # 8. Images and checkpoints. A rollout is not saved, so it is used up before the run stops.
-        state.stopped_by = received if reuse == reuses - 1 else 0
-        if not state.stopped_by:
+        stopped_by = received if reuse == reuses - 1 else 0
+        if not stopped_by:
             validate_if_due()
-        if state.step % args.checkpointing_steps == 0 or state.stopped_by:
+        if state.step % args.checkpointing_steps == 0 or stopped_by:
             save_checkpoint(accelerator, transformer, run, state)
-            if args.hub_strategy == "checkpoint" and not state.stopped_by and state.step < args.max_train_steps:
+            if args.hub_strategy == "checkpoint" and not stopped_by and state.step < args.max_train_steps:
                 save_results(accelerator, transformer, run, state)
-        if state.stopped_by:
+        if stopped_by:
             break
 
     progress_bar.close()
-    if not state.stopped_by:
+    if not stopped_by:
         save_results(accelerator, transformer, run, state)
     accelerator.end_training()
-    if state.stopped_by:
+    if stopped_by:
         how = "Continue with the same command and `--resume_from_checkpoint latest`."
-        name = signal.Signals(state.stopped_by).name
+        name = signal.Signals(stopped_by).name
         logger.warning(f"Stopped by {name} after {state.step} updates, which are saved. {how}")
-        raise SystemExit(128 + state.stopped_by)
+        raise SystemExit(128 + stopped_by)
 
 
 if __name__ == "__main__":
