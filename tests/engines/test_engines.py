@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from conftest import (
+from helpers import (
     ROOT,
     TWO_RANKS,
     checkpoints,

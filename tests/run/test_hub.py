@@ -13,7 +13,7 @@ from threading import Thread
 
 import huggingface_hub
 import pytest
-from conftest import file_hashes, load_weights, read_log, same_bits
+from helpers import file_hashes, load_weights, read_log, same_bits
 from hub import LOST, TOKEN, Hub
 from safetensors.torch import load_file
 

@@ -36,41 +36,6 @@ CPU = "--config_file accelerate_configs/cpu.yaml"
 ZERO_2 = "--config_file accelerate_configs/a100x8.yaml --num_processes 1 --main_process_port 0"
 
 
-@contextmanager
-def launched(*flags):
-    """What `accelerate launch` with these flags prepares for the only process of a run, here for this process."""
-
-    def take_environment(prepare, **rendezvous):
-        def launcher(args):
-            for name, value in {**prepare(args)[1], **rendezvous}.items():
-                patch.setenv(name, value)
-
-        return launcher
-
-    handlers = set(logging.getLogger().handlers)
-    one_process = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)  # configurations name their DeepSpeed files relative to it
-        deepspeed_launcher = take_environment(prepare_deepspeed_cmd_env, **one_process)
-        patch.setattr("accelerate.commands.launch.deepspeed_launcher", deepspeed_launcher)
-        patch.setattr("accelerate.commands.launch.simple_launcher", take_environment(prepare_simple_launcher_cmd_env))
-        launch_command(launch_command_parser().parse_args([*map(str, flags), "train_srpo_wan_t2i.py"]))
-        AcceleratorState._reset_state(reset_partial_state=True)  # of whatever ran in this process before
-        try:
-            yield
-        finally:
-            AcceleratorState._reset_state(reset_partial_state=True)
-            unset_hf_deepspeed_config()
-            if torch.distributed.is_initialized():
-                import deepspeed
-
-                torch.distributed.destroy_process_group()
-                deepspeed.comm.comm.cdb = None
-            for handler in set(logging.getLogger().handlers) - handlers:
-                logging.getLogger().removeHandler(handler)
-                handler.close()
-
-
 @pytest.fixture
 def make_flags(tiny_model, tiny_dataset, tiny_reward, tmp_path):
     """Function: flags -> all flags of a run that would work, but for those flags."""
@@ -105,18 +70,6 @@ def refusal(make_flags, tmp_path, monkeypatch, capsys):
         return caught.value.code.removeprefix("error: ")
 
     return refuse
-
-
-def snapshot(folder):
-    """Every path in a folder, with the hash of what a file holds."""
-    return {
-        path: hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
-        for path in sorted(folder.rglob("*"))
-    }
-
-
-def edit_json(file, **values):
-    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 
 
 @pytest.fixture

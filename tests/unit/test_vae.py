@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers import AutoencoderKLWan

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import (
+from helpers import (
     CAPTIONS,
     ROOT,
     checkpoints,

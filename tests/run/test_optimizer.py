@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import distance, load_history, load_weights, logged, repeatable, same_bits
+from helpers import distance, load_history, load_weights, logged, repeatable, same_bits
 from safetensors.torch import load_file
 
 from diffusers import WanTransformer3DModel

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CAPTIONS, MINIATURE, ROOT, distance, load_weights, logged, run_in_process
+from helpers import CAPTIONS, MINIATURE, ROOT, distance, load_weights, logged, run_in_process
 from datasets import DatasetDict, concatenate_datasets, load_from_disk
 from miniature.drawings import captions as drawing_captions
 

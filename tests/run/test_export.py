@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, file_hashes, load_weights, same_bits
+from helpers import ROOT, file_hashes, load_weights, same_bits
 from export_checkpoint import main, parse_args
 from safetensors import safe_open
 from safetensors.torch import load_file

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import (
+from helpers import (
     CAPTIONS,
     checkpoints,
     distance,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import MINIATURE, run_in_process
+from helpers import MINIATURE, run_in_process
 from miniature.build import sample
 from miniature.drawings import GUIDANCE_SCALE, MAX_SEQUENCE_LENGTH, caption_accuracy, captions, style_share
 

@@ -13,7 +13,7 @@ from threading import Thread
 
 import pytest
 import torch
-from conftest import checkpoints, load_history, load_weights, read_log, repeatable, run_in_process, same_bits
+from helpers import checkpoints, load_history, load_weights, read_log, repeatable, run_in_process, same_bits
 
 from train_srpo_wan_t2i import list_checkpoints
 
@@ -89,7 +89,7 @@ def test_processes_that_load_data_do_not_die_of_the_signal_before_the_update_is_
 
 
 PROCESSES = multiprocessing.get_context("forkserver")  # starts in no time, with the libraries already imported
-PROCESSES.set_forkserver_preload(["conftest", "train_srpo_wan_t2i"])
+PROCESSES.set_forkserver_preload(["helpers", "train_srpo_wan_t2i"])
 
 
 def newest(output_dir):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import (
+from helpers import (
     CAPTIONS,
     TWO_RANKS,
     checkpoints,
