@@ -15,6 +15,7 @@ from helpers import (
     CAPTIONS,
     CPU,
     LORA,
+    PROMPTS,
     QUICK,
     ROOT,
     launched,
@@ -112,6 +113,14 @@ def low_noise_model(tiny_model, tmp_path_factory):
 def text_model(tmp_path_factory):
     """Folder of a model of which there is only the text encoder and its tokenizer."""
     return make_text_model(tmp_path_factory.mktemp("text_model"), seed=0)
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    """A file of the captions `PROMPTS`."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(PROMPTS) + "\n")
+    return file
 
 
 @pytest.fixture(scope="session")

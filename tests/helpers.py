@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -49,6 +50,7 @@ ENGINES = ["zero2", "zero2_offload", "zero2_bf16", "zero3", "zero3_offload"]  # 
 
 WORDS = ["a", "red", "blue", "cat", "dog", "boat", "on"]  # one token each; a prompt ends with one more, </s>
 CAPTIONS = ["a red cat", "a blue dog", "a boat", "a red boat on a blue cat", "a cat on a boat", "a dog"]
+PROMPTS = ["a red cat", "a blue dog on a boat", "cat", "a boat", "a red boat on a cat"]  # of 3, 6, 1, 2 and 6 tokens
 LATENTS_MEAN, LATENTS_STD = [0.1, -0.2, 0.3, -0.4], [1.5, 0.5, 2.0, 1.25]
 MEASURED = {"seconds", "images_per_second", "peak_memory_gb"}  # what no two runs share
 
@@ -257,6 +259,13 @@ def distance(weights, others):
     return math.sqrt(sum((weights[name].double() - others[name].double()).square().sum() for name in weights))
 
 
+def assert_same_update(output_dir, other, base):
+    """Of two runs of gradient descent: up to the rounding of weights in float32."""
+    update = distance(load_weights(other), load_weights(base))
+    assert update > 0.01
+    assert distance(load_weights(output_dir), load_weights(other)) < 1e-4 * update
+
+
 def read_log(output_dir):
     return Path(output_dir, "train.log").read_text()
 
@@ -264,6 +273,18 @@ def read_log(output_dir):
 def file_hashes(folder):
     files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def use_card(output_dir, folder, monkeypatch):
+    """Runs the code of the card in `folder`, on the CPU, and returns its variables."""
+    from huggingface_hub import ModelCard
+
+    code = re.search(r"```python\n(.*?)```", ModelCard.load(output_dir / "README.md").text, re.DOTALL).group(1)
+    monkeypatch.chdir(folder)
+    variables = {}
+    code = code.replace(f'"{output_dir.name}"', f'"{output_dir}"').replace('.to("cuda")', '.to("cpu")')
+    exec(compile(code, "README.md", "exec"), variables)
+    return variables
 
 
 def snapshot(folder):

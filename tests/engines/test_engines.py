@@ -6,58 +6,39 @@ that was killed goes on as if it had not been, and every checkpoint can be expor
 import json
 import shutil
 import signal
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import psutil
 import pytest
 import torch
+from export_checkpoint import main as export
+from export_checkpoint import parse_args as parse_export_args
 from helpers import (
+    ENGINES,
     ROOT,
     TWO_RANKS,
     checkpoints,
     gradient_descent,
+    kill,
     load_history,
     load_weights,
     logged,
     read_log,
     repeatable,
     same_bits,
+    wait_for,
 )
-from export_checkpoint import main as export
-from export_checkpoint import parse_args as parse_export_args
 from safetensors.torch import load_file
 
 from diffusers import WanTransformer3DModel
 
 
-ENGINES = ["zero2", "zero2_offload", "zero2_bf16", "zero3", "zero3_offload"]
 FOUR_STEPS = "--max_train_steps 4 --checkpointing_steps 2 --validation_steps 2 --lr_scheduler linear".split()
 
 
 def launcher(engine):
     """Flags of `accelerate launch` for two processes of an engine."""
     return f"{TWO_RANKS} --deepspeed_config_file ds_configs/{engine}.json"
-
-
-def wait_for(condition, process, seconds=180):
-    """Waits until something is true of a run that must not end before."""
-    for _ in range(10 * seconds):
-        if condition():
-            return
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.1)
-    raise TimeoutError(f"not after {seconds} seconds")
-
-
-def kill(process):
-    """Kills a launcher and the processes that it started, all of them at once and without warning."""
-    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for member in family:
-        member.kill()
-    psutil.wait_procs(family)
-    process.communicate()
 
 
 def final_weights(output_dir):

@@ -13,14 +13,13 @@ from threading import Thread
 
 import huggingface_hub
 import pytest
-from helpers import file_hashes, load_weights, read_log, same_bits
+from helpers import ROOT, file_hashes, load_weights, read_log, same_bits
 from hub import LOST, TOKEN, Hub
 from safetensors.torch import load_file
 
 from diffusers import WanTransformer3DModel
 
 
-ROOT = Path(__file__).parent.parent
 EXPERT = "transformer_2/diffusion_pytorch_model.safetensors"
 LORA = "pytorch_lora_weights.safetensors"
 

@@ -18,12 +18,7 @@ from helpers import checkpoints, load_history, load_weights, read_log, repeatabl
 from train_srpo_wan_t2i import list_checkpoints
 
 
-@pytest.fixture(autouse=True)
-def own_signal_handlers():
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("own_signal_handlers")
 
 
 def send_when(output_dir, line, number):

@@ -1,104 +1,36 @@
-"""Training a LoRA beside the weights: what is trained, saved, loaded and resumed; the float8 base; merged saving."""
+"""Training a LoRA beside the weights: what is trained, what drops out, what is saved and how it is loaded."""
 
-import re
 import shutil
-from contextlib import contextmanager
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from datasets import load_from_disk
 from helpers import (
-    CAPTIONS,
-    checkpoints,
-    distance,
-    file_hashes,
-    gradient_descent,
-    load_history,
+    LORA,
+    load_lora,
+    load_state,
     load_weights,
     logged,
     read_log,
     read_scores,
-    repeatable,
     same_bits,
+    use_card,
+    watch_transformer,
 )
-from datasets import load_from_disk
 from huggingface_hub import ModelCard
 from PIL import Image
-from safetensors.torch import load_file
 from torch.nn.modules.module import register_module_forward_hook
 
-from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from diffusers import WanPipeline
 
 from train_srpo_wan_t2i import VALIDATION, make_generator
 
 
 ATTENTION = [f"blocks.{block}.attn{kind}.{name}" for block in (0, 1) for kind in (1, 2) for name in
              ("to_q", "to_k", "to_v", "to_out.0")]  # fmt: skip
-LORA = ["--lora_rank", 4, "--lora_alpha", 8]  # a scale of 8 / 4 = 2
+
 DROPOUT = [*LORA, "--lora_dropout", 0.5]
-FP8 = [*LORA, "--base_weights", "fp8"]
-
-
-def load_lora(output_dir):
-    return load_file(Path(output_dir, "pytorch_lora_weights.safetensors"))
-
-
-def load_state(output_dir, step):
-    return load_file(Path(output_dir, f"checkpoint-{step}", "model.safetensors"))
-
-
-def added_weights(output_dir, scale):
-    """What a LoRA adds: {name of a weight of the transformer: scale * B @ A}."""
-    lora = load_lora(output_dir)
-    layers = sorted({re.fullmatch(r"transformer\.(.*)\.lora_[AB]\.weight", name).group(1) for name in lora})
-    return {
-        f"{layer}.weight": scale
-        * (lora[f"transformer.{layer}.lora_B.weight"] @ lora[f"transformer.{layer}.lora_A.weight"])
-        for layer in layers
-    }
-
-
-class Pass(NamedTuple):
-    """One forward pass of the transformer."""
-
-    graded: bool  # with a gradient
-    training: bool  # some layer is in the mode that drops out
-    velocity: torch.Tensor
-    transformer: WanTransformer3DModel
-    dtypes: dict[str, torch.dtype]  # of the parameters, right after it
-
-
-@contextmanager
-def watch_transformer():
-    """A list that grows by a [`Pass`] with every forward pass of a transformer."""
-    passes = []
-
-    def watch(module, inputs, output):
-        if isinstance(module, WanTransformer3DModel):
-            dtypes = {name: parameter.dtype for name, parameter in module.named_parameters()}
-            training = any(layer.training for layer in module.modules())
-            passes.append(Pass(torch.is_grad_enabled(), training, output[0].detach().clone(), module, dtypes))
-
-    handle = register_module_forward_hook(watch)
-    try:
-        yield passes
-    finally:
-        handle.remove()
-
-
-@pytest.fixture(scope="module")
-def lora_run(train):
-    """Two updates of a LoRA, far enough to be seen, with a checkpoint and a validation image after each."""
-    flags = ["--learning_rate", 0.05, "--adam_weight_decay", 0, "--checkpointing_steps", 1, "--validation_steps", 1]
-    return train(*LORA, *flags, prompts=["a red cat"])
-
-
-@pytest.fixture(scope="module")
-def quick_lora(train):
-    """Two updates with none but the quick flags."""
-    return train(*LORA)
 
 
 # ---- What a run leaves behind. --------------------------------------------------------------------------------------
@@ -173,15 +105,6 @@ def test_the_loaded_lora_paints_the_last_validation_image(pipeline_with_lora, lo
     assert np.abs(before - after).max() > 20
 
 
-def test_a_lora_of_a_model_with_one_expert_loads_into_its_transformer(train, embed, tiny_one_expert_model):
-    flags = ["--transformer_subfolder", "transformer", "--height", 64, "--width", 64, "--validation_size", 64]
-    dataset = embed(tiny_one_expert_model, CAPTIONS)
-    output_dir = train(*LORA, *flags, model=tiny_one_expert_model, dataset=dataset)
-    pipe = WanPipeline.from_pretrained(tiny_one_expert_model)
-    pipe.load_lora_weights(output_dir)
-    assert pipe.transformer.blocks[0].attn1.to_q.scaling == {"default_0": 2.0}
-
-
 def test_a_full_run_that_overwrites_a_lora_run_leaves_no_lora(train, lora_run, tmp_path):
     output_dir = shutil.copytree(lora_run, tmp_path / "output")
     train("--overwrite_output_dir", output_dir=output_dir)
@@ -190,16 +113,6 @@ def test_a_full_run_that_overwrites_a_lora_run_leaves_no_lora(train, lora_run, t
 
 
 # ---- The card. ------------------------------------------------------------------------------------------------------
-
-
-def use_card(output_dir, folder, monkeypatch):
-    """Runs the code of the card in `folder`, on the CPU, and returns its variables."""
-    code = re.search(r"```python\n(.*?)```", ModelCard.load(output_dir / "README.md").text, re.DOTALL).group(1)
-    monkeypatch.chdir(folder)
-    variables = {}
-    code = code.replace(f'"{output_dir.name}"', f'"{output_dir}"').replace('.to("cuda")', '.to("cpu")')
-    exec(compile(code, "README.md", "exec"), variables)
-    return variables
 
 
 def test_the_card_of_a_lora_says_how_to_load_it(lora_run, tiny_model, tmp_path, monkeypatch):
@@ -215,15 +128,6 @@ def test_the_card_of_a_lora_says_how_to_load_it(lora_run, tiny_model, tmp_path, 
 
 def test_the_card_of_a_lora_has_its_tag(lora_run):
     assert ModelCard.load(lora_run / "README.md").data.tags == ["text-to-image", "diffusers", "wan", "srpo", "lora"]
-
-
-def test_the_card_of_a_merged_lora_loads_transformer_2(merged_run, tmp_path, monkeypatch):
-    text = (merged_run / "README.md").read_text()
-    assert f'WanTransformer3DModel.from_pretrained("{merged_run.name}", subfolder="transformer_2"' in text
-    assert "load_lora_adapter" not in text
-    expert = use_card(merged_run, tmp_path, monkeypatch)["expert"]
-    weight = load_weights(merged_run)["blocks.0.attn1.to_q.weight"]
-    assert torch.equal(expert.blocks[0].attn1.to_q.weight, weight.bfloat16())
 
 
 # ---- What is trained. -----------------------------------------------------------------------------------------------
@@ -331,233 +235,3 @@ def test_every_layer_and_every_pass_drops_out_something_else(train):
         handle.remove()
     assert len(masks) == 2 * 2 * 16, "updates, rollouts, layers"
     assert len({tuple(mask.flatten().tolist()) for mask in masks}) == len(masks)
-
-
-# ---- Resuming. ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "flags, mixed_precision",
-    [
-        ("", "no"),
-        ("", "bf16"),
-        ("--lora_dropout 0.5", "no"),
-        ("--checkpointing_steps 1 --checkpoints_total_limit 1", "no"),
-        ("--base_weights fp8 --gradient_checkpointing --lora_dropout 0.5", "bf16"),
-    ],
-)
-def test_two_updates_and_two_more_are_four_bit_for_bit(train, flags, mixed_precision):
-    flags, precision = [*LORA, *flags.split()], {"mixed_precision": mixed_precision}
-    whole = train(*flags, "--max_train_steps", 4, **precision)
-    output_dir = train(*flags, **precision)
-    train(*flags, "--max_train_steps", 4, "--resume_from_checkpoint", "latest", output_dir=output_dir, **precision)
-    assert checkpoints(output_dir) == checkpoints(whole)
-    assert same_bits(load_lora(output_dir), load_lora(whole))
-    assert repeatable(load_history(output_dir, 4)) == repeatable(load_history(whole, 4))
-
-
-def test_resuming_a_finished_run_writes_the_same_lora_again(train, quick_lora):
-    again = train(*LORA, "--resume_from_checkpoint", quick_lora / "checkpoint-2")
-    assert same_bits(load_lora(again), load_lora(quick_lora))
-
-
-@pytest.mark.parametrize(
-    "flags, difference",
-    [
-        ("--lora_rank 2 --lora_alpha 8", "LoRA"),
-        ("--lora_rank 4 --lora_alpha 4", "LoRA"),
-        ("--lora_rank 4 --lora_alpha 8 --lora_target_modules to_q", "LoRA"),
-        ("", "LoRA"),
-        ("--lora_rank 4 --lora_alpha 8 --optimizer adamw_8bit", "optimizer"),
-    ],
-)
-def test_a_run_cannot_go_on_with_something_else_to_train(train, lora_run, flags, difference):
-    if "8bit" in flags:
-        pytest.importorskip("torchao")
-    checkpoint, before = lora_run / "checkpoint-2", file_hashes(lora_run)
-    more = ["--max_train_steps", 4, "--resume_from_checkpoint", checkpoint]
-    with pytest.raises(SystemExit, match=f"error: {checkpoint} was made with another {difference}.*") as caught:
-        train(*flags.split(), *more, output_dir=lora_run)
-    assert "\n" not in caught.value.code
-    assert file_hashes(lora_run) == before
-
-
-def test_a_lora_cannot_go_on_from_a_full_run(train, plain_run):
-    before = file_hashes(plain_run)
-    with pytest.raises(SystemExit, match="was made with another LoRA"):
-        train(*LORA, "--max_train_steps", 4, "--resume_from_checkpoint", "latest", output_dir=plain_run)
-    assert file_hashes(plain_run) == before
-
-
-def test_a_lora_cannot_go_on_with_another_base_model(train, lora_run, tiny_model, tmp_path):
-    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
-    shutil.copytree(model / "transformer", model / "transformer_2", dirs_exist_ok=True)
-    before = file_hashes(lora_run)
-    with pytest.raises(SystemExit, match="was made with another base model"):
-        train(*LORA, "--max_train_steps", 4, "--resume_from_checkpoint", "latest", model=model, output_dir=lora_run)
-    assert file_hashes(lora_run) == before
-
-
-# ---- Merged. --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def merged_run(train):
-    """Two updates beside a base in float8, merged; far enough to be seen."""
-    return train(*LORA, "--learning_rate", 0.05, "--base_weights", "fp8", "--save_merged")
-
-
-def test_the_merged_expert_is_the_base_on_the_disk_plus_the_lora(merged_run, tiny_model):
-    merged, base, added = load_weights(merged_run), load_weights(tiny_model), added_weights(merged_run, scale=2)
-    assert merged.keys() == base.keys()
-    assert sorted(added) == sorted(f"{layer}.weight" for layer in ATTENTION)
-    assert all(torch.equal(merged[name], base[name]) for name in base.keys() - added.keys())
-    expected = {name: base[name] + added[name] for name in added}
-    torch.testing.assert_close({name: merged[name] for name in added}, expected, rtol=0, atol=1e-6)
-    assert min(distance({name: added[name]}, {name: torch.zeros(())}) for name in added) > 0.01
-
-
-def test_diffusers_loads_the_merged_expert_and_predicts_what_base_and_lora_predict(merged_run, tiny_model):
-    merged, adapted, base = (
-        WanTransformer3DModel.from_pretrained(folder, subfolder="transformer_2")
-        for folder in (merged_run, tiny_model, tiny_model)
-    )
-    adapted.load_lora_adapter(merged_run, weight_name="pytorch_lora_weights.safetensors", use_safetensors=True)
-    generator = torch.Generator().manual_seed(0)
-    latents, embeds = (torch.randn(shape, generator=generator) for shape in ((2, 4, 1, 4, 4), (2, 16, 16)))
-    with torch.no_grad():
-        velocities = [
-            model(latents, torch.tensor([400.0, 800.0]), encoder_hidden_states=embeds, return_dict=False)[0]
-            for model in (merged, adapted, base)
-        ]
-    torch.testing.assert_close(velocities[0], velocities[1], rtol=0, atol=1e-5)
-    assert (velocities[0] - velocities[2]).abs().max() > 1e-2
-
-
-def test_saving_merged_also_saves_the_lora_and_changes_nothing_else(train, merged_run):
-    alone = train(*LORA, "--learning_rate", 0.05, "--base_weights", "fp8")
-    assert same_bits(load_lora(merged_run), load_lora(alone))
-    names = {path.name for path in merged_run.iterdir()}
-    assert names - {path.name for path in alone.iterdir()} == {"transformer_2"}
-    assert sorted(path.name for path in (merged_run / "transformer_2").iterdir()) == [
-        "config.json",
-        "diffusion_pytorch_model.safetensors",
-    ]
-
-
-# ---- The base in float8 and in bfloat16. ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mixed_precision, compute_dtype", [("no", torch.float32), ("bf16", torch.bfloat16)])
-def test_fp8_stores_the_linear_layers_of_the_blocks_and_nothing_else(train, mixed_precision, compute_dtype):
-    with watch_transformer() as passes:
-        train(*FP8, mixed_precision=mixed_precision)
-    assert [step.graded for step in passes] == [False, False, True] * 2
-    for step in passes:
-        linear = {
-            name for name in step.dtypes if re.search(r"^blocks\..*\.(base_layer|proj|net\.2)\.(weight|bias)$", name)
-        }
-        assert len(linear) == 2 * (8 + 2) * 2, "blocks, layers of attention and feed-forward, weights and biases"
-        assert {step.dtypes[name] for name in linear} == {torch.float8_e4m3fn}
-        assert {dtype for name, dtype in step.dtypes.items() if "lora_" in name} == {torch.float32}
-        others = {dtype for name, dtype in step.dtypes.items() if name not in linear and "lora_" not in name}
-        assert others == {torch.float32, compute_dtype}, "diffusers keeps some layers in float32"
-
-
-@pytest.mark.parametrize("mixed_precision, compute_dtype", [("no", torch.float32), ("bf16", torch.bfloat16)])
-def test_fp8_trains_what_a_base_rounded_to_fp8_and_back_trains(
-    train, tiny_model, tmp_path, mixed_precision, compute_dtype
-):
-    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
-    transformer = WanTransformer3DModel.from_pretrained(model, subfolder="transformer_2")
-    for module in transformer.blocks.modules():
-        if isinstance(module, torch.nn.Linear):
-            module.to(compute_dtype).to(torch.float8_e4m3fn).to(torch.float32)
-    transformer.save_pretrained(model / "transformer_2")
-    fp8 = train(*FP8, mixed_precision=mixed_precision)
-    rounded = train(*LORA, model=model, mixed_precision=mixed_precision)
-    assert repeatable(load_history(fp8)) == repeatable(load_history(rounded)), "scores and norms of gradients"
-    assert same_bits(load_lora(fp8), load_lora(rounded))
-
-
-@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
-def test_fp8_gives_nearly_the_loss_and_the_gradient_of_the_precision_of_the_run(train, mixed_precision):
-    # An update is minus the gradient.
-    flags = [*gradient_descent(1), "--checkpointing_steps", 1, "--rollout_scheduler", "euler"]
-    runs = [train(*lora, *flags, mixed_precision=mixed_precision) for lora in (FP8, LORA)]
-    losses = [logged(run, "loss") for run in runs]
-    assert losses[0] != losses[1]
-    assert losses[0] == pytest.approx(losses[1], abs=0.004)  # of 0.68
-    fp8, full = (load_state(run, 1) for run in runs)
-    updates = [torch.cat([state[name].flatten() for name in state if "lora_B" in name]) for state in (fp8, full)]
-    assert torch.cosine_similarity(*updates, dim=0) > 0.98
-
-
-def test_mixed_precision_trains_a_float32_lora_beside_a_bfloat16_base_and_saves_bfloat16(train):
-    with watch_transformer() as passes:
-        output_dir = train(*LORA, mixed_precision="bf16")
-    dtypes = passes[-1].dtypes
-    assert {dtype for name, dtype in dtypes.items() if "lora_" in name} == {torch.float32}
-    assert {dtype for name, dtype in dtypes.items() if "base_layer" in name} == {torch.bfloat16}
-    state, lora = load_state(output_dir, 2), load_lora(output_dir)
-    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
-    rounded = {f"transformer.{name.replace('.default.', '.')}": tensor.bfloat16() for name, tensor in state.items()}
-    assert same_bits(lora, rounded)
-
-
-# ---- What is refused. -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def refusal(make_args, capsys):
-    """Function: flags that the parser must refuse -> its message, one line."""
-
-    def refuse(flags):
-        with pytest.raises(SystemExit) as caught:
-            make_args(*flags.split())
-        assert caught.value.code == 2
-        return re.search(r"^\S+: error: (.*)\n\Z", capsys.readouterr().err, re.MULTILINE).group(1)
-
-    return refuse
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "--lora_alpha 8",
-        "--lora_dropout 0.1",
-        "--lora_dropout 0",
-        "--lora_target_modules to_q",
-        "--base_weights fp8",
-        "--save_merged",
-    ],
-)
-def test_a_flag_of_the_lora_without_a_lora(refusal, flags):
-    name = flags.split()[0]
-    assert refusal(flags).startswith(f"`{name}` needs `--lora_rank`")
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        ("--lora_rank 0", "`--lora_rank` must be at least 1, but is 0."),
-        ("--lora_rank 4 --lora_alpha 0", "`--lora_alpha` must be positive, but is 0.0."),
-        ("--lora_rank 4 --lora_dropout 1", "`--lora_dropout` must be at least 0 and below 1, but is 1.0."),
-        ("--lora_rank 4 --lora_dropout -0.1", "`--lora_dropout` must be at least 0 and below 1, but is -0.1."),
-    ],
-)
-def test_values_that_no_lora_has(refusal, flags, message):
-    assert refusal(flags) == message
-
-
-@pytest.mark.parametrize("modules", ["to_nothing", "to_q to_nothing", "attn1", "norm_q"])
-def test_names_that_are_no_linear_layers_of_the_transformer(train, monkeypatch, tmp_path, modules):
-    def fail(*args, **kwargs):
-        pytest.fail("a model was loaded before the input was checked")
-
-    for model_class in (WanTransformer3DModel, AutoencoderKLWan):
-        monkeypatch.setattr(model_class, "from_pretrained", fail)
-    with pytest.raises(SystemExit, match="^error: .*`--lora_target_modules`?.*$") as caught:
-        train("--lora_rank", 4, "--lora_target_modules", *modules.split(), output_dir=tmp_path / "output")
-    assert "\n" not in caught.value.code
-    assert not (tmp_path / "output").exists()

@@ -1,16 +1,12 @@
 """`--optimizer adamw_8bit`: AdamW with states of 8 bits, and bfloat16 weights that are rounded stochastically."""
 
-import importlib.util
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import distance, load_history, load_weights, logged, repeatable, same_bits
-from safetensors.torch import load_file
-
-from diffusers import WanTransformer3DModel
+from helpers import distance, load_history, load_state, load_weights, logged, make_transformer, repeatable, same_bits
 
 
 EIGHT_BIT = ["--optimizer", "adamw_8bit"]
@@ -21,17 +17,8 @@ def wide_model(tiny_model, tmp_path_factory):
     """The tiny model with a wider expert: torchao keeps the states of tensors below 4096 elements in full."""
     model = Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("wide") / "model"))
     torch.manual_seed(3)
-    WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=4,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=4,
-        text_dim=16,
-        freq_dim=16,
-        ffn_dim=128,
-        num_layers=2,
-    ).save_pretrained(model / "transformer_2")
+    transformer = make_transformer(num_attention_heads=4, attention_head_dim=16, ffn_dim=128)
+    transformer.save_pretrained(model / "transformer_2")
     return model
 
 
@@ -55,10 +42,6 @@ def eight_bit_run(train_wide):
 @pytest.fixture(scope="module")
 def full_run(train_wide):
     return train_wide("--max_train_steps", 4)
-
-
-def load_state(output_dir, step=2):
-    return load_file(Path(output_dir, f"checkpoint-{step}", "model.safetensors"))
 
 
 def load_states(output_dir, step=2):
@@ -180,13 +163,3 @@ def test_a_lora_is_trained_in_float32(train_wide, mixed_precision):
     assert {state["exp_avg"].codes.dtype for state in states} == {torch.uint8}
     b = [name for name in full if "lora_B" in name]  # it begins at 0
     assert (join(eight_bit, b) - join(full, b)).norm() < 0.05 * join(full, b).norm()
-
-
-def test_without_torchao_it_is_refused(make_args, monkeypatch, capsys):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None)
-    with pytest.raises(SystemExit) as caught:
-        make_args(*EIGHT_BIT)
-    assert caught.value.code == 2
-    assert capsys.readouterr().err.endswith(
-        "error: `--optimizer adamw_8bit` needs torchao: run `pip install torchao`.\n"
-    )

@@ -1,11 +1,11 @@
 """The miniature is what its builder says, paints what its captions say, and its reward knows SRPO's control words."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import MINIATURE
 from miniature.build import CONTROL_WORDS, make_pipeline, make_reward, sample, save_model
 from miniature.drawings import (
     BACKGROUNDS,
@@ -24,9 +24,6 @@ from safetensors import safe_open
 from transformers import CLIPModel, CLIPProcessor
 
 from diffusers import AutoencoderKLWan, WanPipeline
-
-
-MINIATURE = Path(__file__).parent / "miniature"
 
 
 @pytest.fixture(scope="module")
