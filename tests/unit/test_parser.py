@@ -1,6 +1,5 @@
 """What the parser and the checks say of flags alone, before anything is read."""
 
-import importlib
 import importlib.util
 import re
 
