@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything that reads it is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start: they share few cores
+# DeepSpeed compiles its C++ into it, which takes a minute, and does so again when another copy has used the folder.
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "torch_extensions"))
 
 import psutil
 import pytest
