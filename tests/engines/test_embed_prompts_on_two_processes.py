@@ -19,6 +19,7 @@ def embed_on_two_processes(tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_dataset_as_one(embed_on_two_processes, text_model, prompts, tmp_path):
     flags = ["--batch_size", "2"]
     one = run_embed_prompts(text_model, prompts, tmp_path / "one", *flags)

@@ -19,12 +19,14 @@ def step_time(tmp_path_factory):
     return json.loads((folder / "step_time.json").read_text())
 
 
+@pytest.mark.slow
 def test_forwards_of_an_update(step_time):
     """Guidance doubles the steps of a rollout, both branches follow, and four updates share a fast rollout."""
     forwards = {name: step_time[name]["forwards"] for name in ("plain", "default", "fast")}
     assert forwards == {"plain": 25 * 2 + 2, "default": 10 * 2 + 2, "fast": 8 * 2 / 4 + 2}
 
 
+@pytest.mark.slow
 def test_fewer_flop_than_the_plain_loop(step_time):
     assert step_time["flop_ratio_fast"] > step_time["flop_ratio_default"] > 1.1  # the VAE is most of it at this size
     for name in ("default", "fast"):
@@ -32,6 +34,7 @@ def test_fewer_flop_than_the_plain_loop(step_time):
         assert step_time[f"flop_ratio_{name}"] == pytest.approx(ratio)
 
 
+@pytest.mark.slow
 def test_the_stations_add_up_to_the_step(step_time):
     for name in ("plain", "default", "fast"):
         shares = step_time[name]["shares"]

@@ -108,6 +108,7 @@ def test_a_model_that_does_not_exist_is_refused(prompts, tmp_path):
     assert error.startswith(f"`--pretrained_model_name_or_path` {tmp_path}/none could not be loaded: ")
 
 
+@pytest.mark.slow
 def test_the_command_exits_with_1_and_one_line(text_model, tmp_path):
     flags = embed_flags(text_model, tmp_path / "none.txt", tmp_path / "out")
     run = run_command(sys.executable, "embed_prompts.py", *flags)

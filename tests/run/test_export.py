@@ -48,12 +48,12 @@ def read_result(output_dir):
     scope="module",
     params=[
         "one process",
-        "one process, bf16",
-        "one process, bf16, --optimizer adamw_8bit",
-        "one process, --lora_rank 4 --lora_alpha 8",
+        pytest.param("one process, bf16", marks=pytest.mark.slow),
+        pytest.param("one process, bf16, --optimizer adamw_8bit", marks=pytest.mark.slow),
+        pytest.param("one process, --lora_rank 4 --lora_alpha 8", marks=pytest.mark.slow),
         "one process, bf16, --lora_rank 4 --lora_alpha 8",
-        "two processes",
-        "two processes, bf16, --lora_rank 4 --lora_alpha 8",
+        pytest.param("two processes", marks=pytest.mark.slow),
+        pytest.param("two processes, bf16, --lora_rank 4 --lora_alpha 8", marks=pytest.mark.slow),
     ],
 )
 def run(request, train, launch):
@@ -129,6 +129,7 @@ def test_the_command_works_in_any_folder_and_says_what_it_wrote(plain_run, tmp_p
     assert read_result(tmp_path / "exported") == read_result(plain_run)
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_the_message_and_without_a_traceback(tmp_path):
     done = run_command(*SCRIPT, "nothing", "--output_dir", "exported", cwd=tmp_path)
     assert done.returncode == 1

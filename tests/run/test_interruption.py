@@ -104,8 +104,9 @@ def last_step(output_dir):
     return state["global_step"]
 
 
-def test_whenever_a_run_is_killed_it_can_be_resumed_and_ends_the_same(train, command, tmp_path):
-    kills, draw, steps = int(os.environ.get("KILLS", 12)), random.Random(0), [0]
+@pytest.mark.parametrize("kills", [3, pytest.param(int(os.environ.get("KILLS", 12)), marks=pytest.mark.slow)])
+def test_whenever_a_run_is_killed_it_can_be_resumed_and_ends_the_same(train, command, tmp_path, kills):
+    draw, steps = random.Random(0), [0]
     flags = ["--max_train_steps", 8 * kills, "--checkpointing_steps", 1, "--checkpoints_total_limit", 2]
     resume = command(tmp_path, *flags, "--resume_from_checkpoint", "latest")
     for _ in range(kills):

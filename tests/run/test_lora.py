@@ -188,7 +188,14 @@ def test_a_lora_without_alpha_has_a_scale_of_1(train, tiny_model):
     assert pipe.transformer_2.blocks[0].attn1.to_q.scaling == {"default_0": 1.0}
 
 
-@pytest.mark.parametrize("flags", ["", "--lora_dropout 0.5", "--base_weights fp8"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param("", marks=pytest.mark.slow),
+        pytest.param("--lora_dropout 0.5", marks=pytest.mark.slow),
+        "--base_weights fp8",
+    ],
+)
 def test_gradient_checkpointing_gives_the_same_lora(train, flags):
     runs = [train(*LORA, *flags.split(), *more) for more in ([], ["--gradient_checkpointing"])]
     torch.testing.assert_close(load_lora(runs[0]), load_lora(runs[1]), rtol=0, atol=1e-6)

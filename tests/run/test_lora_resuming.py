@@ -10,10 +10,10 @@ from helpers import LORA, checkpoints, file_hashes, load_history, load_lora, rep
 @pytest.mark.parametrize(
     "flags, mixed_precision",
     [
-        ("", "no"),
-        ("", "bf16"),
-        ("--lora_dropout 0.5", "no"),
-        ("--checkpointing_steps 1 --checkpoints_total_limit 1", "no"),
+        pytest.param("", "no", marks=pytest.mark.slow),
+        pytest.param("", "bf16", marks=pytest.mark.slow),
+        pytest.param("--lora_dropout 0.5", "no", marks=pytest.mark.slow),
+        pytest.param("--checkpointing_steps 1 --checkpoints_total_limit 1", "no", marks=pytest.mark.slow),
         ("--base_weights fp8 --gradient_checkpointing --lora_dropout 0.5", "bf16"),
     ],
 )

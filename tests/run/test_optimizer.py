@@ -99,8 +99,15 @@ def test_weight_decay_shrinks_the_weights(train_wide, wide_model):
     torch.testing.assert_close(decayed, {name: tensor * 0.9025 for name, tensor in base.items()})
 
 
-@pytest.mark.parametrize("flags", ["", "--lora_rank 64 --lora_dropout 0.5"])
-@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+@pytest.mark.parametrize(
+    "flags, mixed_precision",
+    [
+        pytest.param("", "no", marks=pytest.mark.slow),
+        ("", "bf16"),
+        pytest.param("--lora_rank 64 --lora_dropout 0.5", "no", marks=pytest.mark.slow),
+        pytest.param("--lora_rank 64 --lora_dropout 0.5", "bf16", marks=pytest.mark.slow),
+    ],
+)
 def test_two_updates_and_two_more_are_four_bit_for_bit(train_wide, flags, mixed_precision):
     flags, precision = [*EIGHT_BIT, *flags.split()], {"mixed_precision": mixed_precision}
     whole = train_wide(*flags, "--max_train_steps", 4, **precision)
@@ -154,7 +161,7 @@ def test_mixed_precision_keeps_the_states_and_the_weights_small(train_wide):
     assert {tensor.dtype for tensor in load_weights(output_dir).values()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+@pytest.mark.parametrize("mixed_precision", [pytest.param("no", marks=pytest.mark.slow), "bf16"])
 def test_a_lora_is_trained_in_float32(train_wide, mixed_precision):
     runs = [train_wide("--lora_rank", 64, *flags, mixed_precision=mixed_precision) for flags in (EIGHT_BIT, [])]
     eight_bit, full = (load_state(run) for run in runs)

@@ -128,6 +128,7 @@ def test_fp16_for_the_launcher_and_bf16_in_the_deepspeed_file(refusal):
     assert "`--mixed_precision` arg cannot be set to `fp16` when `bf16` is set in the DeepSpeed config file" in message
 
 
+@pytest.mark.slow
 def test_a_real_launch_of_two_processes_says_what_is_wrong_with_the_deepspeed_file(make_flags, write_json, tmp_path):
     launcher = f"{write_json(train_batch_size=8)} --num_processes 2"
     done = run_launcher(*launcher.split(), "train_srpo_wan_t2i.py", *make_flags())

@@ -95,7 +95,9 @@ def test_the_first_of_two_updates_is_the_one_without_the_flag(train, plain_run):
     assert losses[0] == expected[0] and losses[1] != expected[1]
 
 
-@pytest.mark.parametrize("flags", [[], RENEWED], ids=["same noise", "renewed noise"])
+@pytest.mark.parametrize(
+    "flags", [pytest.param([], marks=pytest.mark.slow), RENEWED], ids=["same noise", "renewed noise"]
+)
 def test_a_resumed_run_that_reuses_rollouts_repeats_the_straight_one_bit_for_bit(train, flags):
     flags = [*TWICE, *FOUR_STEPS, *flags]
     straight = train(*flags)
@@ -127,7 +129,9 @@ def test_a_signal_lets_a_rollout_be_used_up_before_the_run_is_saved(
 EQUAL_BATCHES = [*gradient_descent(1), "--max_grad_norm", 1, "--noise", "per_sample"]
 
 
-@pytest.mark.parametrize("noise", [[], ["--renew_noise"]], ids=["same noise", "renewed noise"])
+@pytest.mark.parametrize(
+    "noise", [pytest.param([], marks=pytest.mark.slow), ["--renew_noise"]], ids=["same noise", "renewed noise"]
+)
 def test_accumulated_rollouts_are_reused_like_a_batch(train, calls, tiny_model, noise):
     batch = train("--train_batch_size", 2, *TWICE, *noise, *EQUAL_BATCHES)
     accumulated = train("--gradient_accumulation_steps", 2, *TWICE, *noise, *EQUAL_BATCHES)

@@ -18,8 +18,7 @@ from train_srpo_wan_t2i import RewardModel
 # ---- Compiling. -----------------------------------------------------------------------------------------------------
 
 
-def test_compiled_blocks_compute_the_same(train, tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+def test_compiled_blocks_compute_the_same(train, tiny_model):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()  # torchao compiles its optimizer in other tests
     one_update = ["--max_train_steps", 1, "--checkpointing_steps", 1, "--noise", "per_sample"]

@@ -189,6 +189,7 @@ print(images[0].shape, float(abs(images[0] - images[1]).mean()))
 """
 
 
+@pytest.mark.slow
 def test_plain_diffusers_loads_the_expert_and_paints_other_pixels(cpu_run, tiny_model, tmp_path):
     script = [sys.executable, "-c", PLAIN_DIFFUSERS, str(tiny_model), str(cpu_run[0])]
     done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True)

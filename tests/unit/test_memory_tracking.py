@@ -41,7 +41,12 @@ class PatchReward(RewardModel):
 
 @pytest.mark.parametrize(
     "mixed_precision, flags",
-    [("bf16", []), ("bf16", ["--gradient_checkpointing", "--lora_rank", "4", "--base_weights", "fp8"])],
+    [
+        ("bf16", []),
+        pytest.param(
+            "bf16", ["--gradient_checkpointing", "--lora_rank", "4", "--base_weights", "fp8"], marks=pytest.mark.slow
+        ),
+    ],
     ids=["autocast", "fp8"],
 )
 def test_activations_are_a_line_in_the_layers(tiny_model, mixed_precision, flags):

@@ -105,7 +105,9 @@ def test_weights_stay_small():
 
 
 @pytest.mark.parametrize(
-    "experts", [{}, {"transformer": None, "boundary_ratio": 1.0}], ids=["both", "low-noise expert alone"]
+    "experts",
+    [pytest.param({}, marks=pytest.mark.slow), {"transformer": None, "boundary_ratio": 1.0}],
+    ids=["both", "low-noise expert alone"],
 )
 def test_samples_follow_captions_in_both_styles(experts):
     pipeline = WanPipeline.from_pretrained(MINIATURE / "model", dtype=torch.float32, **experts)
