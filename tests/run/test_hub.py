@@ -13,14 +13,13 @@ from threading import Thread
 
 import huggingface_hub
 import pytest
-from conftest import file_hashes, load_weights, read_log, same_bits
+from helpers import ROOT, file_hashes, load_weights, read_log, same_bits
 from hub import LOST, TOKEN, Hub
 from safetensors.torch import load_file
 
 from diffusers import WanTransformer3DModel
 
 
-ROOT = Path(__file__).parent.parent
 EXPERT = "transformer_2/diffusion_pytorch_model.safetensors"
 LORA = "pytorch_lora_weights.safetensors"
 
@@ -218,21 +217,25 @@ def loaded(command, train, tiny_model, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_repository_of_a_launched_run_is_its_output_folder(loaded):
     shutil.rmtree(loaded / "loaded/fox/.cache")  # of the download
     assert content(loaded / "loaded/fox") == content(loaded / "fox")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 2])
 def test_every_push_holds_the_expert_of_its_checkpoint(loaded, step):
     weights = load_file(loaded / f"loaded/{step:040x}.safetensors")
     assert same_bits(weights, load_file(loaded / f"fox/checkpoint-{step}/model.safetensors"))
 
 
+@pytest.mark.slow
 def test_the_last_push_holds_the_expert_of_the_output_folder(loaded):
     assert same_bits(load_file(loaded / f"loaded/{2:040x}.safetensors"), load_weights(loaded / "fox"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["pipeline", "expert"])
 def test_a_pushed_lora_loads_into_a_pipeline_and_into_an_expert(loaded, tiny_model, way):
     weights, lora = load_file(loaded / f"loaded/{way}.safetensors"), load_file(loaded / "lora" / LORA)
@@ -247,8 +250,23 @@ def test_a_pushed_lora_loads_into_a_pipeline_and_into_an_expert(loaded, tiny_mod
 # ---- A Hub that fails and recovers. ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("failure", [503, LOST])
-@pytest.mark.parametrize("kind", ["create", "validate", "preupload", "batch", "put", "verify", "commit"])
+QUICK_FAILURES = {
+    "create": LOST,
+    "validate": 503,
+    "preupload": 503,
+    "batch": 503,
+    "put": LOST,
+    "verify": 503,
+    "commit": LOST,
+}
+FAILURES = [
+    pytest.param(kind, failure, marks=() if failure == quick else pytest.mark.slow)
+    for kind, quick in QUICK_FAILURES.items()
+    for failure in (503, LOST)
+]
+
+
+@pytest.mark.parametrize("kind, failure", FAILURES)
 def test_a_push_survives_a_failure_of_any_request(push, hub, waits, kind, failure):
     hub.failures[kind] = iter([failure])
     output_dir = push()
