@@ -6,6 +6,7 @@ Two experts, one at a time: `embed_prompts.py --boundary_latents` paints with th
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import torch
 from conftest import CAPTIONS, MINIATURE, ROOT, distance, load_weights, logged, run_in_process
 from datasets import DatasetDict, concatenate_datasets, load_from_disk
 from miniature.drawings import captions as drawing_captions
+from safetensors.torch import load_file, save_file
 
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 
@@ -204,6 +206,15 @@ def test_the_negative_prompt_has_the_columns_and_nothing_in_them(small):
     assert row["boundary_latents"] is row["boundary_seeds"] is row["boundary_settings"] is None
 
 
+def test_validation_prompts_have_the_columns_and_nothing_in_them(paint, tiny_model):
+    flags = [*SMALL, "--boundary_latents", 1, "--validation_prompts", "a dog", "a cat on a boat"]
+    dataset = load_from_disk(paint(tiny_model, ["a cat"], *flags))
+    assert dataset["validation"]["caption"] == ["a dog", "a cat on a boat"]
+    assert dataset["validation"].features == dataset["train"].features
+    for row in dataset["validation"]:
+        assert row["boundary_latents"] is row["boundary_seeds"] is row["boundary_settings"] is None
+
+
 def test_both_splits_survive_parquet_as_on_the_hub(small, tmp_path):
     dataset = load_from_disk(small)
     for split, rows in dataset.items():
@@ -273,31 +284,31 @@ def refusal(tmp_path, monkeypatch):
         with pytest.raises(SystemExit) as caught:
             embed_prompts.main(embed_prompts.parse_args(command))
         assert [path.name for path in tmp_path.iterdir()] == ["captions.txt"]
-        assert re.fullmatch(".+", caught.value.code), "one line, which makes Python exit with 1"
-        return caught.value.code
+        assert re.fullmatch("error: .+", caught.value.code), "one line, which makes Python exit with 1"
+        return caught.value.code.removeprefix("error: ")
 
     return refuse
 
 
 @pytest.mark.parametrize("flag", ["--boundary_latents", "--height", "--width", "--sampling_steps"])
 def test_a_count_below_one(refusal, tiny_model, flag):
-    assert refusal(tiny_model, "--boundary_latents", 1, flag, 0) == f"`{flag}` must be at least 1, not 0."
+    assert refusal(tiny_model, "--boundary_latents", 1, flag, 0) == f"`{flag}` must be at least 1, but is 0."
 
 
 @pytest.mark.parametrize("flag", ["--height", "--width"])
 def test_a_size_that_the_latents_cannot_have(refusal, tiny_model, flag):
     message = refusal(tiny_model, *SMALL, "--boundary_latents", 1, flag, 40)
-    assert message == f"`{flag}` 40 must be a multiple of 16 for this model."
+    assert message == f"`{flag} 40` must be a multiple of 16 for this model, for example 32."
 
 
 def test_a_shift_of_zero(refusal, tiny_model):
     message = refusal(tiny_model, "--boundary_latents", 1, "--rollout_shift", 0)
-    assert message == "`--rollout_shift` must be positive, not 0.0."
+    assert message == "`--rollout_shift` must be positive and finite, but is 0.0."
 
 
 def test_a_schedule_without_a_step_for_the_low_noise_expert(refusal, tiny_model):
     message = refusal(tiny_model, "--boundary_latents", 1, "--sampling_steps", 1)
-    assert message.startswith("`--sampling_steps` 1 ")
+    assert message.startswith("`--sampling_steps 1` ")
 
 
 def test_boundary_latents_of_a_model_of_one_expert(refusal, tiny_one_expert_model):
@@ -309,16 +320,135 @@ def test_boundary_latents_of_a_model_without_the_high_noise_expert(refusal, tiny
     half = Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("copy") / "half"))
     shutil.rmtree(half / "transformer")
     message = refusal(half, *SMALL, "--boundary_latents", 1)
-    assert message.startswith(f"`--pretrained_model_name_or_path` {half} could not be read: ")
+    assert message.startswith(f"`--pretrained_model_name_or_path {half}` has no high-noise expert in `transformer`: ")
 
 
-def test_weights_of_the_high_noise_expert_that_are_missing(paint, tiny_model, tmp_path):
+def edit_weights(file, change):
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file, {"format": "pt"})
+
+
+def lose(file):
+    edit_weights(file, lambda weights: weights.pop("proj_out.bias"))
+
+
+def cut(file):
+    edit_weights(file, lambda weights: weights.update({"proj_out.bias": weights["proj_out.bias"][1:]}))
+
+
+def add(file):
+    edit_weights(file, lambda weights: weights.update({"x.bias": weights["proj_out.bias"].clone()}))
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    "spoil, problem",
+    [
+        (Path.unlink, "` has no high-noise expert in `transformer`: "),
+        (truncate, "diffusion_pytorch_model.safetensors` is not a whole safetensors file: "),
+        (lose, "`, `transformer`: its files lack 1 tensors, such as `proj_out.bias`."),
+        (cut, "`, `transformer`: its files have other shapes of 1 tensors, such as `proj_out.bias`."),
+        (add, "`, `transformer`: its files have unknown 1 tensors, such as `x.bias`."),
+    ],
+)
+def test_weights_of_the_high_noise_expert_that_are_missing_or_wrong(
+    refusal, tiny_model, tmp_path_factory, spoil, problem
+):
+    model = Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("copy") / "model"))
+    spoil(model / "transformer" / "diffusion_pytorch_model.safetensors")
+    message = refusal(model, *SMALL, "--boundary_latents", 1)
+    assert message.startswith(f"`--pretrained_model_name_or_path {model}`")
+    assert problem in message
+
+
+def test_the_high_noise_expert_is_not_needed_for_embeddings_alone(paint, tiny_model, tmp_path):
+    half = Path(shutil.copytree(tiny_model, tmp_path / "half"))
+    shutil.rmtree(half / "transformer")
+    assert len(load_from_disk(paint(half, CAPTIONS))["train"]) == 6
+
+
+def test_weights_that_make_nan_end_the_run(paint, tiny_model, tmp_path):
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
-    (model / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    file = model / "transformer" / "diffusion_pytorch_model.safetensors"
+    edit_weights(file, lambda weights: weights["proj_out.bias"].fill_(float("nan")))
     with pytest.raises(SystemExit) as caught:
         paint(model, ["a cat"], *SMALL, "--boundary_latents", 1)
-    assert caught.value.code.startswith(f"`--pretrained_model_name_or_path` {model} could not be loaded: ")
-    assert "\n" not in caught.value.code
+    assert caught.value.code == "error: The high-noise expert makes NaN or infinite numbers. Check its weights."
+
+
+def test_an_expert_that_takes_images_too(refusal, tiny_model, tmp_path_factory):
+    model = Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("copy") / "model"))
+    file = model / "transformer" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "in_channels": 9}))
+    message = refusal(model, *SMALL, "--boundary_latents", 1)
+    assert message.startswith("`--boundary_latents` needs a text-to-video model;")
+
+
+# ---- The configs of the real model. ---------------------------------------------------------------------------------
+
+
+def test_the_boundary_of_wan2_2_t2v_a14b():
+    folder = ROOT / "tests" / "fixtures" / "wan2.2-t2v-a14b"
+    args = embed_prompts.parse_args(arguments(folder, "captions.txt", "output", "--boundary_latents", 2, "--seed", 7))
+    boundary = embed_prompts.read_boundary_settings(args, json.loads((folder / "model_index.json").read_text()))
+    assert boundary.settings == {
+        "height": 512,
+        "width": 512,
+        "sampling_steps": 10,
+        "rollout_scheduler": "unipc",
+        "rollout_shift": 3.0,
+    }
+    assert boundary.sigma == 0.875
+    assert boundary.shape == (16, 1, 64, 64)
+    assert boundary.seeds == [7, 8]
+    assert boundary.guidance_scale == 4.0
+
+
+# ---- The command that the last message gives. -----------------------------------------------------------------------
+
+
+def next_flags(caplog):
+    """The flags of the last command that was printed after "Next:"."""
+    line = [message for message in caplog.messages if "Next: " in message][-1]
+    return shlex.split(line.split("Next: accelerate launch train_srpo_wan_t2i.py")[1])
+
+
+def test_the_next_command_trains_from_the_boundary(paint, tiny_model, tiny_reward, caplog, tmp_path):
+    flags = [
+        "--height",
+        32,
+        "--width",
+        48,
+        "--sampling_steps",
+        3,
+        "--rollout_scheduler",
+        "euler",
+        "--rollout_shift",
+        2,
+    ]
+    with caplog.at_level("INFO"):
+        dataset = paint(tiny_model, CAPTIONS, *flags, "--boundary_latents", 1)
+    command = next_flags(caplog)
+    args = train_srpo_wan_t2i.parse_args(command)
+    assert (args.dataset_name, args.rollout_start) == (str(dataset), "boundary")
+    assert (args.height, args.width, args.sampling_steps) == (32, 48, 3)
+    assert (args.rollout_scheduler, args.rollout_shift) == ("euler", 2.0)
+    reward = ["--reward_model", "CLIP", "--reward_model_path", tiny_reward]
+    quick = ["--max_train_steps", 1, "--validation_prompts", "--validation_size", 32, "--report_to", "none"]
+    run_in_process(*command, *reward, *quick, "--output_dir", tmp_path / "output")
+    assert load_weights(tmp_path / "output")
+
+
+def test_the_next_command_names_the_only_expert(paint, tiny_one_expert_model, caplog):
+    with caplog.at_level("INFO"):
+        paint(tiny_one_expert_model, ["a cat"])
+    args = train_srpo_wan_t2i.parse_args(next_flags(caplog))
+    assert args.transformer_subfolder == "transformer"
+    assert args.rollout_start == "noise"
 
 
 # ---- What training starts from. -------------------------------------------------------------------------------------
