@@ -78,6 +78,7 @@ if __name__ != "__main__" or not {"-h", "--help"} & set(sys.argv):
         load_from_disk,
     )
     from datasets.arrow_writer import ArrowWriter
+    from huggingface_hub.utils import validate_repo_id
     from safetensors import safe_open
     from tqdm.auto import tqdm
     from transformers import AutoConfig, AutoTokenizer, UMT5EncoderModel
@@ -688,7 +689,7 @@ def parse_args(input_args=None):
     add("--seed", type=int, help="The seed of the first latent; the next has the next.")
     add("--group_offload", action="store_true",
         help="Keep the expert in host memory and move one block at a time to the GPU, if it has less than 32 GB.")
-    parser.set_defaults(**BOUNDARY_DEFAULTS)
+    parser.set_defaults(**BOUNDARY_DEFAULTS)  # of the flags of this group
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", required=True, help="The directory to write the dataset to.")
     add("--overwrite_output_dir", action="store_true",
@@ -719,6 +720,9 @@ def check_values(args):
             raise ValueError(f"`--{name}` needs `--boundary_latents`; embeddings do not depend on it.")
     if args.push_to_hub and not (args.hub_token or huggingface_hub.get_token()):
         raise ValueError("`--push_to_hub` needs a token: run `hf auth login`, set HF_TOKEN or pass `--hub_token`.")
+    if args.push_to_hub:
+        with input_error("`--hub_dataset_id`, by default the name of `--output_dir`, cannot name a dataset"):
+            validate_repo_id(args.hub_dataset_id or output_dirs(args)[0].name)
 
 
 def output_dirs(args):

@@ -794,6 +794,12 @@ def test_push_to_hub_without_a_token_is_refused(model, prompts, tmp_path, monkey
     assert error == "`--push_to_hub` needs a token: run `hf auth login`, set HF_TOKEN or pass `--hub_token`."
 
 
+@pytest.mark.parametrize("flags, name", [(["--hub_dataset_id", "me/my captions"], "out"), ([], "my out")])
+def test_a_name_that_the_hub_does_not_take_is_refused(model, prompts, tmp_path, flags, name):
+    error = refusal(model, prompts, tmp_path / name, "--push_to_hub", "--hub_token", "hf_x", *flags)
+    assert error.startswith("`--hub_dataset_id`, by default the name of `--output_dir`, cannot name a dataset: ")
+
+
 def test_a_failed_upload_leaves_the_dataset_and_says_how_to_upload_it(model, prompts, tmp_path, monkeypatch):
     waited = []
     monkeypatch.setattr("time.sleep", waited.append)
