@@ -39,6 +39,7 @@ but nothing would then tell their shape.
 import argparse
 import csv
 import hashlib
+import importlib
 import io
 import json
 import logging
@@ -47,57 +48,37 @@ import os
 import reprlib
 import shlex
 import shutil
-import sys
 import time
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import huggingface_hub
+import numpy as np
 import yaml
+from safetensors import safe_open
+from tqdm.auto import tqdm
 
 
-# These take seconds to import, and `--help` needs none of them.
-if __name__ != "__main__" or not {"-h", "--help"} & set(sys.argv):
-    import huggingface_hub
-    import numpy as np
-    import torch
-    import torch.nn.functional as F
-    from accelerate import Accelerator
-    from accelerate.logging import get_logger
-    from datasets import (
-        Array2D,
-        Array5D,
-        Dataset,
-        DatasetDict,
-        Features,
-        Sequence,
-        Value,
-        concatenate_datasets,
-        load_dataset,
-        load_from_disk,
-    )
-    from datasets.arrow_writer import ArrowWriter
-    from huggingface_hub.utils import validate_repo_id
-    from safetensors import safe_open
-    from tqdm.auto import tqdm
-    from transformers import AutoConfig, AutoTokenizer, UMT5EncoderModel
-    from transformers.utils import cached_file
+# Copied from train_srpo_wan_t2i.LazyModule
+class LazyModule:
+    """A module that is imported when it is first used, so that `--help` and wrong flags are answered at once."""
 
-    from diffusers import (
-        AutoencoderKLWan,
-        FlowMatchEulerDiscreteScheduler,
-        UniPCMultistepScheduler,
-        WanPipeline,
-        WanTransformer3DModel,
-    )
-    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-    from diffusers.utils import check_min_version
+    def __init__(self, name):
+        self.__name__ = name
 
-    # Will error if the minimal version of diffusers is not installed. Remove at your own risks.
-    check_min_version("0.40.0")
+    def __getattr__(self, attribute):
+        return getattr(importlib.import_module(self.__name__), attribute)
 
-    logger = get_logger(__name__)
+
+accelerate, datasets, diffusers, torch, transformers = map(
+    LazyModule, ("accelerate", "datasets", "diffusers", "torch", "transformers")
+)
+F = LazyModule("torch.nn.functional")
+pipeline_wan = LazyModule("diffusers.pipelines.wan.pipeline_wan")
+
+logger = logging.getLogger(__name__)
 
 # `sample_neg_prompt` in wan/configs/shared_config.py of https://github.com/Wan-Video/Wan2.2
 WAN_NEGATIVE_PROMPT = (
@@ -110,8 +91,9 @@ TEXT_FILES = (".yaml", ".yml", ".json", ".jsonl", ".txt", ".csv")
 VOCABULARY_FILES = ("tokenizer.json", "spiece.model")  # one is enough
 TOKENIZER_FILES = (*VOCABULARY_FILES, "tokenizer_config.json", "special_tokens_map.json")
 
-# The files and the layer by whose weights a text encoder is identified.
-TEXT_ENCODER_LAYER = "model", "encoder.final_layer_norm.weight"
+# First words of the names of files of weights, and the layer by whose weights a text encoder is identified.
+DIFFUSERS_STEM, TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
+TEXT_ENCODER_LAYER = "encoder.final_layer_norm.weight"
 
 SPLITS = ("train", "negative", "validation")
 
@@ -190,7 +172,7 @@ def read_dataset(name, caption_column, split, cache_dir):
     source = {"path": "parquet", "data_files": name} if name.endswith(".parquet") else {"path": name}
     kinds = f"{', '.join(TEXT_FILES)} file, nor a dataset with such `--dataset_split` and `--caption_column`"
     with input_error(f"not a {kinds}"):
-        dataset = load_dataset(**source, split=split, cache_dir=cache_dir).select_columns(caption_column)
+        dataset = datasets.load_dataset(**source, split=split, cache_dir=cache_dir).select_columns(caption_column)
     return [(f"row {i}", row) for i, row in enumerate(dataset)]
 
 
@@ -245,14 +227,12 @@ def load_validation_prompts(prompts, caption_column, cache_dir):
 # ---- The text encoder: its files are checked before it is loaded; captions to embeddings. ---------------------------
 # Copied from train_srpo_wan_t2i.weight_files
 def weight_files(source, subfolder, stem, layer=None):
-    """
-    The paths of the safetensors files of a model: `{stem}.safetensors` or its shards, or the one of them that holds
+    """The paths of the safetensors files of a model: `{stem}.safetensors` or its shards, or the one of them that holds
     the tensor `layer`. `source` are those arguments of `from_pretrained` that say where the model is. Downloads what
-    is not there yet; `OSError` if there is no such file.
-    """
-    source = dict(source)
-    variant = source.pop("variant", None)
-    cached = partial(cached_file, source.pop("pretrained_model_name_or_path"), subfolder=subfolder, **source)
+    is not there yet; `OSError` if there is no such file."""
+    path, variant = source["pretrained_model_name_or_path"], source.get("variant")
+    options = {name: value for name, value in source.items() if name in ("revision", "cache_dir")}
+    cached = partial(transformers.utils.cached_file, path, subfolder=subfolder, **options)
     suffix = f".{variant}" if variant else ""
     index = cached(f"{stem}.safetensors.index{suffix}.json", _raise_exceptions_for_missing_entries=False)
     if index is None:
@@ -263,39 +243,38 @@ def weight_files(source, subfolder, stem, layer=None):
 
 # Copied from train_srpo_wan_t2i.weights_fingerprint
 def weights_fingerprint(source, subfolder, stem, layer):
-    """
-    Identifies a model by the weights of one layer, wherever they lie: the first 16 hex digits of the SHA-256 of the
-    little-endian bytes of `layer` in bfloat16. Only that tensor is read. See [`weight_files`].
-    """
+    """Identifies a model by the weights of one layer, wherever they lie: the first 16 hex digits of the SHA-256 of the
+    little-endian bytes of `layer` in bfloat16. Only that tensor is read. See [`weight_files`]."""
     (file,) = weight_files(source, subfolder, stem, layer)
     with safe_open(file, framework="pt") as weights:
         weight = weights.get_tensor(layer)
     return hashlib.sha256(weight.to(torch.bfloat16).view(torch.int16).numpy().tobytes()).hexdigest()[:16]
 
 
-# Copied from train_srpo_wan_t2i.check_weights
-def check_weights(model, files, where):
-    """
-    Compares the tensors of safetensors files with those of a model, which may be on the meta device; only the heads of
-    the files are read. `ValueError` names what is missing, of another shape, or unknown; `where` says of which input.
-    """
-    found = {}
+# Copied from train_srpo_wan_t2i.read_shapes
+def read_shapes(files):
+    """{name: shape} of the tensors in safetensors files. Only the heads of the files are read."""
+    shapes = {}
     for file in files:
-        with (
-            input_error(f"{where}: `{file}` is not a whole safetensors file"),
-            safe_open(file, framework="pt") as head,
-        ):
-            found |= {name: tuple(head.get_slice(name).get_shape()) for name in head.keys()}
+        with input_error(f"`{file}` is not a whole safetensors file"), safe_open(file, framework="pt") as head:
+            shapes |= {name: tuple(head.get_slice(name).get_shape()) for name in head.keys()}
+    return shapes
+
+
+# Copied from train_srpo_wan_t2i.check_weights
+def check_weights(model, found):
+    """Compares {name: shape} `found` in files with the tensors of a model, which may be on the meta device.
+    `ValueError` names what is missing, of another shape, or unknown."""
     names = {}  # names of the same tensor: one of them is enough
     for name, tensor in model.state_dict(keep_vars=True).items():
         names.setdefault(id(tensor), []).append(name)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     missing = [same[0] for same in names.values() if not found.keys() & set(same)]
-    unknown = [name for name in found if name not in expected and "position_ids" not in name]
     other = [name for name in found if name in expected and found[name] != expected[name]]
+    unknown = [name for name in found if name not in expected and "position_ids" not in name]
     for what, tensors in (("lack", missing), ("have other shapes of", other), ("have unknown", unknown)):
         if tensors:
-            raise ValueError(f"{where}: its files {what} {len(tensors)} tensors, such as `{min(tensors)}`.")
+            raise ValueError(f"the weights {what} {len(tensors)} tensors, such as `{min(tensors)}`")
 
 
 def model_flag(source):
@@ -308,31 +287,30 @@ def check_text_encoder(source):
     Refuses a text encoder that is missing, or whose files do not hold exactly the tensors of its config. Returns its
     config and its fingerprint. See [`weight_files`] for `source`.
     """
-    name = model_flag(source)
-    with input_error(f"{name} has no text encoder in `text_encoder`"):
-        config = AutoConfig.from_pretrained(**source, subfolder="text_encoder")
+    with input_error(f"{model_flag(source)} has no whole model in `text_encoder`"):
+        config = transformers.AutoConfig.from_pretrained(**source, subfolder="text_encoder")
         with torch.device("meta"):
-            text_encoder = UMT5EncoderModel(config)
-        files = weight_files(source, "text_encoder", TEXT_ENCODER_LAYER[0])
-    check_weights(text_encoder, files, f"{name}, `text_encoder`")
-    return config, weights_fingerprint(source, "text_encoder", *TEXT_ENCODER_LAYER)
+            text_encoder = transformers.UMT5EncoderModel(config)
+        check_weights(text_encoder, read_shapes(weight_files(source, "text_encoder", TRANSFORMERS_STEM)))
+        return config, weights_fingerprint(source, "text_encoder", TRANSFORMERS_STEM, TEXT_ENCODER_LAYER)
 
 
 def load_tokenizer(source):
     """The tokenizer of the text encoder. Without its files transformers would make one that knows hardly any word."""
     path, where = source["pretrained_model_name_or_path"], {key: source[key] for key in ("revision", "cache_dir")}
     with input_error(f"{model_flag(source)} has no tokenizer in `tokenizer`"):
-        find = partial(cached_file, path, subfolder="tokenizer", _raise_exceptions_for_missing_entries=False, **where)
+        options = {"subfolder": "tokenizer", "_raise_exceptions_for_missing_entries": False, **where}
+        find = partial(transformers.utils.cached_file, path, **options)
         files = {name: Path(file) for name in TOKENIZER_FILES if (file := find(name))}
         if not files.keys() & set(VOCABULARY_FILES):
             raise OSError(f"neither {' nor '.join(VOCABULARY_FILES)} is there.")
         # From its folder, since by the name of a model transformers asks the Hub for files that Wan does not have.
-        return AutoTokenizer.from_pretrained(next(iter(files.values())).parent)
+        return transformers.AutoTokenizer.from_pretrained(next(iter(files.values())).parent)
 
 
 def tokenize(tokenizer, prompts):
     """The token ids of each prompt, the end token included, before any truncation."""
-    return tokenizer([prompt_clean(prompt) for prompt in prompts], verbose=False).input_ids
+    return tokenizer([pipeline_wan.prompt_clean(prompt) for prompt in prompts], verbose=False).input_ids
 
 
 def check_tokens(token_ids, prompts, vocab_size):
@@ -344,7 +322,7 @@ def check_tokens(token_ids, prompts, vocab_size):
                 f"it makes token {max(ids)} of {reprlib.repr(prompt)}, but the text encoder has {vocab_size}."
             )
         other = seen.setdefault(tuple(ids), prompt)
-        if prompt_clean(other) != prompt_clean(prompt):
+        if pipeline_wan.prompt_clean(other) != pipeline_wan.prompt_clean(prompt):
             pair = f"{reprlib.repr(other)} and {reprlib.repr(prompt)}"
             raise ValueError(f"it makes the same tokens of {pair}. Remove one of them, or download `tokenizer` again.")
 
@@ -352,7 +330,7 @@ def check_tokens(token_ids, prompts, vocab_size):
 def load_pipeline(source, dtype, **parts):
     """A `WanPipeline` without the parts that are given as `None`: they are neither downloaded nor loaded."""
     with input_error(f"{model_flag(source)} cannot be loaded"):
-        return WanPipeline.from_pretrained(**source, transformer_2=None, vae=None, dtype=dtype, **parts)
+        return diffusers.WanPipeline.from_pretrained(**source, transformer_2=None, vae=None, dtype=dtype, **parts)
 
 
 def embed(pipe, prompts, max_sequence_length):
@@ -380,19 +358,20 @@ def embed_share(accelerator, pipe, prompts, batch_size, provenance, folder):
     constant columns. Returns the files of all processes; in this order they hold the prompts in theirs.
     """
     files = [str(folder / f"{i}.arrow") for i in range(accelerator.num_processes)]
-    features = Features(
-        caption=Value("string"),
-        prompt_embeds=Array2D((None, pipe.text_encoder.config.d_model), "int16"),
-        text_encoder=Value("string"),
-        text_encoder_fingerprint=Value("string"),
-        max_sequence_length=Value("int32"),
+    features = datasets.Features(
+        caption=datasets.Value("string"),
+        prompt_embeds=datasets.Array2D((None, pipe.text_encoder.config.d_model), "int16"),
+        text_encoder=datasets.Value("string"),
+        text_encoder_fingerprint=datasets.Value("string"),
+        max_sequence_length=datasets.Value("int32"),
     )
+    file = files[accelerator.process_index]
     # Batches are shared out, not prompts, so that the same prompts meet in a batch, and give the same bits, whatever
     # the number of processes.
     batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
     with (
         accelerator.split_between_processes(batches) as share,
-        ArrowWriter(path=files[accelerator.process_index], features=features, writer_batch_size=64) as writer,
+        datasets.arrow_writer.ArrowWriter(path=file, features=features, writer_batch_size=64) as writer,
     ):
         bar = tqdm(share, desc=f"Embedding {folder.name}", unit="batch", disable=not accelerator.is_main_process)
         for batch in bar:
@@ -415,8 +394,8 @@ def unpack_prompt_embeds(rows, max_sequence_length, dtype):
 def make_scheduler(name, shift):
     """Diffusers' scheduler `euler`, or `unipc`, which is nearer to the exact solution; `shift` is `flow_shift`."""
     if name == "euler":
-        return FlowMatchEulerDiscreteScheduler(shift=shift)
-    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+        return diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    return diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
 
 
 class Boundary(NamedTuple):
@@ -437,12 +416,13 @@ def read_boundary_settings(args, index):
     source = model_source(args)
     if index.get("boundary_ratio") is None:
         raise ValueError("`--boundary_latents` needs a model of two experts; this one has no `boundary_ratio`.")
-    with input_error(f"{model_flag(source)} has no high-noise expert in `transformer`"):
-        transformer = WanTransformer3DModel.load_config(**source, subfolder="transformer")
+    with input_error(f"{model_flag(source)} has no whole model in `transformer`"):
+        transformer = diffusers.WanTransformer3DModel.load_config(**source, subfolder="transformer")
     with input_error(f"{model_flag(source)} is not a Wan pipeline in the layout of diffusers"):
-        flow_shift = UniPCMultistepScheduler.load_config(**source, subfolder="scheduler").get("flow_shift", 1.0)
+        scheduler = diffusers.UniPCMultistepScheduler.load_config(**source, subfolder="scheduler")
+        config = diffusers.AutoencoderKLWan.load_config(**source, subfolder="vae")
         with torch.device("meta"):  # a model's config has the defaults for what its file leaves out
-            vae = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(**source, subfolder="vae"))
+            vae = diffusers.AutoencoderKLWan.from_config(config)
     if transformer["in_channels"] != vae.config.z_dim:
         raise ValueError("`--boundary_latents` needs a text-to-video model; the expert of this one takes images, too.")
     scale = vae.config.scale_factor_spatial
@@ -454,10 +434,10 @@ def read_boundary_settings(args, index):
                 f"`--{name} {value}` must be a multiple of {multiple} for this model, for example {near}."
             )
     settings = {name: getattr(args, name) for name in BOUNDARY_SETTINGS}
-    settings["rollout_shift"] = args.rollout_shift or flow_shift
-    scheduler = make_scheduler(args.rollout_scheduler, settings["rollout_shift"])
-    scheduler.set_timesteps(args.sampling_steps)
-    if scheduler.timesteps[-1] >= 1000 * index["boundary_ratio"]:
+    settings["rollout_shift"] = args.rollout_shift or scheduler.get("flow_shift", 1.0)
+    schedule = make_scheduler(args.rollout_scheduler, settings["rollout_shift"])
+    schedule.set_timesteps(args.sampling_steps)
+    if schedule.timesteps[-1] >= 1000 * index["boundary_ratio"]:
         problem = "leaves no noise level below the boundary for the low-noise expert"
         raise ValueError(f"`--sampling_steps {args.sampling_steps}` {problem}; take more.")
     return Boundary(
@@ -471,13 +451,11 @@ def read_boundary_settings(args, index):
 
 def check_high_noise_expert(source):
     """Refuses a high-noise expert that is missing, or whose files do not hold exactly the tensors of its config."""
-    name = model_flag(source)
-    with input_error(f"{name} has no high-noise expert in `transformer`"):
-        config = WanTransformer3DModel.load_config(**source, subfolder="transformer")
+    with input_error(f"{model_flag(source)} has no whole model in `transformer`"):
+        config = diffusers.WanTransformer3DModel.load_config(**source, subfolder="transformer")
         with torch.device("meta"):
-            transformer = WanTransformer3DModel.from_config(config)
-        files = weight_files(source, "transformer", "diffusion_pytorch_model")
-    check_weights(transformer, files, f"{name}, `transformer`")
+            transformer = diffusers.WanTransformer3DModel.from_config(config)
+        check_weights(transformer, read_shapes(weight_files(source, "transformer", DIFFUSERS_STEM)))
 
 
 def load_high_noise_expert(source, dtype, boundary, device, group_offload):
@@ -529,16 +507,16 @@ def paint_share(accelerator, pipe, file, negative_prompt_embeds, boundary, batch
     `negative_prompt_embeds` (1, L, D) bfloat16 are padded.
     """
     draws = [torch.randn(boundary.shape, generator=torch.Generator().manual_seed(seed)) for seed in boundary.seeds]
-    features = Features(
-        boundary_latents=Array5D((len(draws), *boundary.shape), "float32"),
-        boundary_seeds=Sequence(Value("int64")),
-        boundary_settings=Value("string"),
+    features = datasets.Features(
+        boundary_latents=datasets.Array5D((len(draws), *boundary.shape), "float32"),
+        boundary_seeds=datasets.Sequence(datasets.Value("int64")),
+        boundary_settings=datasets.Value("string"),
     )
     constant = {"boundary_seeds": boundary.seeds, "boundary_settings": json.dumps(boundary.settings)}
     length, device = negative_prompt_embeds.shape[1], accelerator.device
-    rows = Dataset.from_file(file).with_format("numpy")
+    rows = datasets.Dataset.from_file(file).with_format("numpy")
     starts = range(0, len(rows), batch_size)
-    with ArrowWriter(path=f"{file}.boundary", features=features, writer_batch_size=64) as writer:
+    with datasets.arrow_writer.ArrowWriter(path=f"{file}.boundary", features=features, writer_batch_size=64) as writer:
         for start in tqdm(starts, desc="Painting", unit="batch", disable=not accelerator.is_main_process):
             batch = rows[start : start + batch_size]["prompt_embeds"]
             embeds = unpack_prompt_embeds(batch, length, torch.bfloat16).to(device)
@@ -554,15 +532,16 @@ def paint_share(accelerator, pipe, file, negative_prompt_embeds, boundary, batch
 # ---- The dataset: joined, written, described, uploaded. -------------------------------------------------------------
 def join_files(files, with_boundary):
     """What [`embed_share`] and [`paint_share`] wrote, the files of each split -> a `DatasetDict`."""
-    dataset = {split: concatenate_datasets(list(map(Dataset.from_file, names))) for split, names in files.items()}
+    read, join = datasets.Dataset.from_file, datasets.concatenate_datasets
+    dataset = {split: join([read(name) for name in names]) for split, names in files.items()}
     if with_boundary:
-        latents = concatenate_datasets([Dataset.from_file(f"{name}.boundary") for name in files["train"]])
-        dataset["train"] = concatenate_datasets([dataset["train"], latents], axis=1)
+        latents = join([read(f"{name}.boundary") for name in files["train"]])
+        dataset["train"] = join([dataset["train"], latents], axis=1)
         features, empty = dataset["train"].features, dict.fromkeys(latents.column_names)
         for split in files.keys() - {"train"}:  # 🤗 Datasets wants the same columns in all splits
             rows = [{**row, **empty} for row in dataset[split].with_format("numpy")]
-            dataset[split] = Dataset.from_list(rows, features=features)
-    return DatasetDict(dataset)
+            dataset[split] = datasets.Dataset.from_list(rows, features=features)
+    return datasets.DatasetDict(dataset)
 
 
 def make_card(dataset, repo_id):
@@ -616,7 +595,7 @@ def push_to_hub(repo_id, output_dir, token, private):
     with input_error(f"`--push_to_hub` failed. The dataset is in {output_dir}; upload it with `{command}`. The cause"):
         hub["repo_id"] = with_retries(lambda: create(**hub)).repo_id
         with_retries(lambda: huggingface_hub.upload_file(**hub, **card))
-        with_retries(lambda: load_from_disk(output_dir).push_to_hub(**hub, private=private))
+        with_retries(lambda: datasets.load_from_disk(output_dir).push_to_hub(**hub, private=private))
 
 
 # ---- Flags, and what is refused before anything is loaded or written. -----------------------------------------------
@@ -722,7 +701,7 @@ def check_values(args):
         raise ValueError("`--push_to_hub` needs a token: run `hf auth login`, set HF_TOKEN or pass `--hub_token`.")
     if args.push_to_hub:
         with input_error("`--hub_dataset_id`, by default the name of `--output_dir`, cannot name a dataset"):
-            validate_repo_id(args.hub_dataset_id or output_dirs(args)[0].name)
+            huggingface_hub.utils.validate_repo_id(args.hub_dataset_id or output_dirs(args)[0].name)
 
 
 def output_dirs(args):
@@ -764,7 +743,7 @@ def read_index(source):
     if Path(path).is_dir() and missing:
         raise ValueError(f"{model_flag(source)} is a folder without {', '.join(missing)}.")
     with input_error(f"{model_flag(source)} is not a Wan pipeline in the layout of diffusers"):
-        return WanPipeline.load_config(**source)
+        return diffusers.WanPipeline.load_config(**source)
 
 
 class Inputs(NamedTuple):
@@ -853,14 +832,16 @@ def log_summary(args, inputs, num_processes):
 
 
 def main(args):
+    # Will error if the minimal version of diffusers is not installed. Remove at your own risks.
+    diffusers.utils.check_min_version("0.40.0")
     with one_line_errors():
         inputs = check_inputs(args)
 
-    accelerator = Accelerator()
+    accelerator = accelerate.Accelerator()
     logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", level=logging.INFO)
     source, dtype = model_source(args), torch.float32 if args.dtype == "fp32" else torch.bfloat16
     output_dir, partial_dir = output_dirs(args)
-    if inputs.truncated:
+    if inputs.truncated and accelerator.is_main_process:
         of_all = f"{len(inputs.truncated)} of {sum(map(len, inputs.prompts.values()))} prompts (all splits)"
         first, length = reprlib.repr(inputs.truncated[0]), f"`--max_sequence_length {args.max_sequence_length}`"
         logger.warning(f"{of_all}, such as {first}, will be truncated to {length} tokens.")
@@ -885,7 +866,7 @@ def main(args):
         if inputs.boundary:
             del pipe
             pipe = load_high_noise_expert(source, dtype, inputs.boundary, accelerator.device, args.group_offload)
-            negative = Dataset.from_file(files["negative"][0]).with_format("numpy")["prompt_embeds"]
+            negative = datasets.Dataset.from_file(files["negative"][0]).with_format("numpy")["prompt_embeds"]
             negative = unpack_prompt_embeds(negative, args.max_sequence_length, torch.bfloat16)
             file = files["train"][accelerator.process_index]
             paint_share(accelerator, pipe, file, negative, inputs.boundary, args.batch_size)

@@ -320,7 +320,7 @@ def test_boundary_latents_of_a_model_without_the_high_noise_expert(refusal, tiny
     half = Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("copy") / "half"))
     shutil.rmtree(half / "transformer")
     message = refusal(half, *SMALL, "--boundary_latents", 1)
-    assert message.startswith(f"`--pretrained_model_name_or_path {half}` has no high-noise expert in `transformer`: ")
+    assert message.startswith(f"`--pretrained_model_name_or_path {half}` has no whole model in `transformer`: ")
 
 
 def edit_weights(file, change):
@@ -348,11 +348,11 @@ def truncate(file):
 @pytest.mark.parametrize(
     "spoil, problem",
     [
-        (Path.unlink, "` has no high-noise expert in `transformer`: "),
+        (Path.unlink, "` has no whole model in `transformer`: "),
         (truncate, "diffusion_pytorch_model.safetensors` is not a whole safetensors file: "),
-        (lose, "`, `transformer`: its files lack 1 tensors, such as `proj_out.bias`."),
-        (cut, "`, `transformer`: its files have other shapes of 1 tensors, such as `proj_out.bias`."),
-        (add, "`, `transformer`: its files have unknown 1 tensors, such as `x.bias`."),
+        (lose, "` has no whole model in `transformer`: the weights lack 1 tensors, such as `proj_out.bias`"),
+        (cut, "in `transformer`: the weights have other shapes of 1 tensors, such as `proj_out.bias`"),
+        (add, "` has no whole model in `transformer`: the weights have unknown 1 tensors, such as `x.bias`"),
     ],
 )
 def test_weights_of_the_high_noise_expert_that_are_missing_or_wrong(
