@@ -771,6 +771,8 @@ def check_inputs(args):
             args.validation_prompts, args.caption_column, args.cache_dir
         )
 
+    # Will error if the minimal version of diffusers is not installed. Remove at your own risks.
+    diffusers.utils.check_min_version("0.40.0")
     source = model_source(args)
     index = read_index(source)
     boundary = read_boundary_settings(args, index) if args.boundary_latents else None
@@ -832,8 +834,6 @@ def log_summary(args, inputs, num_processes):
 
 
 def main(args):
-    # Will error if the minimal version of diffusers is not installed. Remove at your own risks.
-    diffusers.utils.check_min_version("0.40.0")
     with one_line_errors():
         inputs = check_inputs(args)
 
