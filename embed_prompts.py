@@ -574,11 +574,13 @@ def with_retries(request, attempts=5):
         try:
             return request()
         except Exception as error:
-            while getattr(error, "response", None) is None and error.__cause__ is not None:
-                error = error.__cause__  # huggingface_hub wraps what the storage answers
-            status = getattr(getattr(error, "response", None), "status_code", 500)
-            if attempt == attempts - 1 or (status < 500 and status not in (408, 429)):
-                raise error
+            cause = error
+            while getattr(cause, "response", None) is None and cause.__cause__ is not None:
+                cause = cause.__cause__  # huggingface_hub wraps what the storage answers
+            status = getattr(getattr(cause, "response", None), "status_code", 500)
+            wrong = isinstance(error, (ValueError, FileNotFoundError)) or (status < 500 and status not in (408, 429))
+            if wrong or attempt == attempts - 1:
+                raise
             logger.warning(f"The Hub failed: {error}\nTrying again in {2**attempt} s.")
             time.sleep(2**attempt)
 

@@ -1044,11 +1044,13 @@ def with_retries(request, attempts=5):
         try:
             return request()
         except Exception as error:
-            while getattr(error, "response", None) is None and error.__cause__ is not None:
-                error = error.__cause__  # huggingface_hub wraps what the storage answers
-            status = getattr(getattr(error, "response", None), "status_code", 500)
-            if attempt == attempts - 1 or (status < 500 and status not in (408, 429)):
-                raise error
+            cause = error
+            while getattr(cause, "response", None) is None and cause.__cause__ is not None:
+                cause = cause.__cause__  # huggingface_hub wraps what the storage answers
+            status = getattr(getattr(cause, "response", None), "status_code", 500)
+            wrong = isinstance(error, (ValueError, FileNotFoundError)) or (status < 500 and status not in (408, 429))
+            if wrong or attempt == attempts - 1:
+                raise
             logger.warning(f"The Hub failed: {error}\nTrying again in {2**attempt} s.")
             time.sleep(2**attempt)
 
@@ -1069,8 +1071,8 @@ def upload(run, step):
 # ---- 11. Flags and checks: what cannot succeed is refused before any model is loaded. -------------------------------
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):  # no default where there is none, or where the help says it in words
-        said = action.default in (None, False) or "Default: " in action.help
-        return action.help if said else super()._get_help_string(action)
+        hidden = action.default is None or action.nargs == 0 or "Default: " in action.help
+        return action.help if hidden else super()._get_help_string(action)
 
 
 def parse_args(input_args=None):
