@@ -50,13 +50,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-from accelerate.utils import (
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-    extract_model_from_parallel,
-    gather_object,
-    set_seed,
-)
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, gather_object, set_seed
 from PIL import Image
 from safetensors import safe_open
 from torch.utils.checkpoint import checkpoint
@@ -73,8 +67,8 @@ class LazyModule:
         return getattr(importlib.import_module(self.__name__), attribute)
 
 
-names = ("datasets", "deepspeed", "diffusers", "open_clip", "peft", "transformers")
-datasets, deepspeed, diffusers, open_clip, peft, transformers = map(LazyModule, names)
+datasets, deepspeed, diffusers = LazyModule("datasets"), LazyModule("deepspeed"), LazyModule("diffusers")
+open_clip, peft, transformers = LazyModule("open_clip"), LazyModule("peft"), LazyModule("transformers")
 wan_vae = LazyModule("diffusers.models.autoencoders.autoencoder_kl_wan")
 TF = LazyModule("torchvision.transforms.v2.functional")
 
@@ -218,7 +212,7 @@ class Branch(NamedTuple):
     sigma_from: torch.Tensor  # (B,)
     sigma_to: torch.Tensor  # (B,)
     discount: torch.Tensor  # (B,): the extra weight of the caption that the branch is drawn to
-    swap: bool  # whether that is the negative caption, because the gradient has the opposite sign
+    swap: torch.Tensor  # (B,): 1 if that is the negative caption, because the gradient has the opposite sign, else 0
 
 
 class Plan(NamedTuple):
@@ -249,7 +243,8 @@ def plan_update(recipe, step, samples):
             sigma_from, sigma_to = torch.tensor([each[index] for each in levels]).unbind(1)
             read_at = [each[2][index] for each in levels]
             discount = torch.linspace(*ends, length)[read_at]
-            branches.append(Branch(name, sigma_from, sigma_to, discount, swap=name == "inversion"))
+            swap = torch.full_like(discount, name == "inversion")
+            branches.append(Branch(name, sigma_from, sigma_to, discount, swap))
     curve = recipe.loss_weight_shift
     weight = torch.ones(len(positions)) if curve is None else shift_sigmas(torch.tensor(positions) / length, curve)
     positive, negative = recipe.positive_words, recipe.negative_words
@@ -506,16 +501,14 @@ class RewardModel(torch.nn.Module):
         """Images (B, 3, H, W) in [0, 1] and a list of B strings -> (B,): the reward of each image for its caption."""
         return self.rewards(pixels, [captions])[0]
 
-    def compare(self, pixels, positive, negative, discount):
-        """The score of [`srp_score`] of images (B, 3, H, W) in [0, 1] for two lists of B strings and a discount (B,).
-        Returns it, (B,) with a gradient, and the rewards for both lists, (B,) each, without."""
-        features, positive, negative = (
-            self.encode_images(pixels),
-            self.encode_texts(positive),
-            self.encode_texts(negative),
-        )
-        rewards = [self.scale * (features.detach() * texts).sum(-1) for texts in (positive, negative)]
-        return self.scale * srp_score(features, positive, negative, discount), *rewards
+    def compare(self, pixels, positive, negative, discount, swap):
+        """The score of [`srp_score`] of images (B, 3, H, W) in [0, 1] for two lists of B strings, which are exchanged
+        where `swap` (B,) says so, and a discount (B,). Returns it, (B,) with a gradient, and the rewards for the
+        positive and for the negative texts, (B,) each, without."""
+        features, texts = self.encode_images(pixels), torch.stack([*map(self.encode_texts, (positive, negative))])
+        towards, away = torch.where(swap[:, None], texts.flip(0), texts)
+        rewards = self.scale * (features.detach() * texts).sum(-1)
+        return self.scale * srp_score(features, towards, away, discount), *rewards
 
 
 class HPSReward(RewardModel):
@@ -599,7 +592,7 @@ class Models(NamedTuple):
         """The velocity of the untrained expert: of the frozen copy, or of the same weights with the LoRA off."""
         if self.base is not None:
             return transformer_velocity(self.base, latents, sigma, prompt_embeds, self.token_patch)
-        bare = extract_model_from_parallel(self.transformer)
+        bare = getattr(self.transformer, "module", self.transformer)  # without what Accelerate wraps around it
         bare.disable_adapters()
         velocity = self.velocity(latents, sigma, prompt_embeds)
         bare.enable_adapters()
@@ -625,13 +618,13 @@ def make_rollouts(models, batches, recipe, shape, group, batch_size):
 def graded_pass(models, rollout, plan, recipe):
     """Takes the graded step of all branches of a [`Plan`] from the x0 of a [`Rollout`] as one batch, decodes and
     scores it. Returns the loss, `torch.Tensor` of shape (), and metrics, a dict of detached tensors of shape ()."""
-    branches, count, drifts = plan.branches, len(plan.branches), []
+    count, drifts = len(plan.branches), []
     x0, noise, prompt_embeds = (
         tensor.repeat(count, *[1] * (tensor.ndim - 1)) for tensor in (rollout.x0, rollout.noise, rollout.prompt_embeds)
     )
-    rows = [torch.stack([b.sigma_from, b.sigma_to, b.discount, plan.weight]) for b in branches]
+    rows = [torch.stack([b.sigma_from, b.sigma_to, b.discount, b.swap, plan.weight]) for b in plan.branches]
     # All at once, without waiting for the GPU.
-    sigma_from, sigma_to, discount, weight = torch.cat(rows, dim=1).to(x0.device, non_blocking=True)
+    sigma_from, sigma_to, discount, swap, weight = torch.cat(rows, dim=1).to(x0.device, non_blocking=True)
 
     def velocity(x, sigma):
         if not recipe.drift_weight:
@@ -642,24 +635,17 @@ def graded_pass(models, rollout, plan, recipe):
 
     x0_hat = direct_align_step(velocity, x0, noise, sigma_from, sigma_to)
     pixels, saturated = decode_latents(models.vae, x0_hat)
-    positive = put_word_before(plan.positive_word, rollout.captions)
-    negative = put_word_before(plan.negative_word, rollout.captions)
-    towards = [text for branch in branches for text in (negative if branch.swap else positive)]
-    away = [text for branch in branches for text in (positive if branch.swap else negative)]
-    score, *rewards = models.reward.compare(pixels, towards, away, discount)
+    texts = [put_word_before(word, rollout.captions * count) for word in (plan.positive_word, plan.negative_word)]
+    score, reward_positive, reward_negative = models.reward.compare(pixels, *texts, discount, swap.bool())
     loss = srpo_loss(score, recipe.reward_margin if recipe.loss == "hinge" else None, weight)
     loss = loss + recipe.drift_weight * drifts[0] if drifts else loss
 
     metrics = {"loss": loss.detach(), "score": score.detach().mean(), "saturated": saturated}
-    metrics |= {"sigma": sigma_to.chunk(count)[0].mean()} | ({"drift": drifts[0].detach()} if drifts else {})
-    pairs = []  # rewards for the positive and for the negative word
-    for branch, scores, *both in zip(
-        branches, *(part.detach().chunk(count) for part in (score, *rewards)), strict=True
-    ):
+    for branch, scores in zip(plan.branches, score.detach().chunk(count), strict=True):
         metrics[f"score_{branch.name}"] = scores.mean()
-        pairs.append(torch.stack(both[::-1] if branch.swap else both))
-    reward_positive, reward_negative = torch.cat(pairs, dim=1).mean(1)
-    return loss, metrics | {"reward_positive": reward_positive, "reward_negative": reward_negative}
+    metrics |= {"reward_positive": reward_positive.mean(), "reward_negative": reward_negative.mean()}
+    metrics["sigma"] = sigma_to.chunk(count)[0].mean()
+    return loss, metrics | ({"drift": drifts[0].detach()} if drifts else {})
 
 
 def update(accelerator, models, optimizer, rollouts, recipe, step):
@@ -699,16 +685,14 @@ def lora_metadata(transformer):
 
 
 def keep_rotary_tables(transformer, device):
-    """Moves the rotary tables to `device` and takes them out of the buffers: DeepSpeed casts all of a module to
-    bfloat16, and three digits of a cosine are too few for a position."""
+    """Keeps the rotary tables out of the buffers, which DeepSpeed casts to bfloat16: too few digits for a position."""
     for name, table in list(transformer.rope.named_buffers()):
         delattr(transformer.rope, name)
         setattr(transformer.rope, name, table.to(device))
 
 
 def partition_weights(accelerator, transformer):
-    """Under ZeRO-3, splits the weights among processes one by one; DeepSpeed would first move all to every GPU.
-    Returns whether it did."""
+    """Under ZeRO-3, splits the weights among processes, and returns `True`. DeepSpeed would first move all to each."""
     config = accelerator.deepspeed_plugin.deepspeed_config if accelerator.deepspeed_plugin else {}
     if config.get("zero_optimization", {}).get("stage") != 3:
         return False
@@ -803,8 +787,7 @@ def paint_validation(accelerator, models, validation):
 
 
 def validate(accelerator, models, validation, state):
-    """Paints and scores all validation prompts. Images and scores go to the trackers and to `images/step-N/`, their
-    means, `validation_reward` and `validation_relative`, to the history of the run."""
+    """Paints and scores all prompts, into trackers and `images/step-N/`; the means go into the history of the run."""
     logger.info(f"Running validation at step {state.step}: {len(validation.captions)} images.")
     painted = {index: result for index, *result in gather_object(paint_validation(accelerator, models, validation))}
     images, rewards, relative = zip(*(painted[index] for index in sorted(painted)), strict=True)
@@ -1334,8 +1317,7 @@ def read_shapes(files):
 
 
 def check_weights(model, found):
-    """Compares {name: shape} `found` in files with the tensors of a model, which may be on the meta device.
-    `ValueError` names what is missing, of another shape, or unknown."""
+    """Compares {name: shape} `found` in files with a model, e.g. on the meta device; `ValueError` if they differ."""
     names = {}  # names of the same tensor: one of them is enough
     for name, tensor in model.state_dict(keep_vars=True).items():
         names.setdefault(id(tensor), []).append(name)
@@ -1519,8 +1501,7 @@ def make_run(accelerator, args, model, dtype):
 
 
 def prepare_output(accelerator, run):
-    """Makes the repository to push to and the output folder, and starts logging. Returns the [`Run`] with the whole
-    name of the repository. Details are logged to `train.log` only."""
+    """Makes output folder and repository, and starts logging, details to `train.log` only. Returns the new [`Run`]."""
     logging.basicConfig(format=LOG_FORMAT, datefmt="%m/%d/%Y %H:%M:%S")
     for handler in logging.getLogger().handlers:
         handler.setLevel(logging.INFO)
@@ -1553,8 +1534,7 @@ def handle_stop_signals(handler, _worker=None):
 
 
 def set_up_transformer(transformer, args):
-    """Decides what of a transformer is trained, all or a LoRA, and how it is stored and computed. Returns it in eval
-    mode: the dropout of a LoRA, too, belongs to the graded step alone."""
+    """Decides what of a transformer is trained, and how it is stored and computed. Returns it, without dropout yet."""
     transformer.requires_grad_(args.lora_rank is None)
     dtype = transformer.dtype
     if args.lora_rank is not None:
