@@ -765,8 +765,7 @@ def paint_validation(accelerator, models, recipe, validation):
 
 
 def validate(accelerator, models, recipe, validation, state):
-    """Paints and scores all prompts, into trackers and `images/step-N/`, if it is time and was not done; the means go
-    into the history of the run. Without a `validation`, which may be `None`, it does nothing."""
+    """If it is time, paints and scores all prompts, into trackers, `images/step-N/` and the history of the run."""
     if validation is None or (state.step % validation.every and state.step != validation.last):
         return
     if any(row["step"] == state.step and "validation_reward" in row for row in state.history):
@@ -797,13 +796,12 @@ def validate(accelerator, models, recipe, validation, state):
 
 def save_before_after(folder, steps, output, columns=8):
     """Draws the first validation images of two steps, one above the other, with their rewards, as a PNG."""
-    folders = [folder / f"step-{step}" for step in steps]
-    scores = [json.loads((folder / "scores.json").read_text())[:columns] for folder in folders]
+    scores = [json.loads((folder / f"step-{step}/scores.json").read_text())[:columns] for step in steps]
     figure = matplotlib_figure.Figure(figsize=(2.4 * len(scores[0]), 5.8), layout="tight")
     axes = figure.subplots(2, len(scores[0]), squeeze=False)
-    for row, step, folder, images in zip(axes, steps, folders, scores, strict=True):
+    for row, step, images in zip(axes, steps, scores, strict=True):
         for axis, image in zip(row, images):  # noqa: B905  a resumed run may have more or fewer
-            axis.imshow(Image.open(folder / image["image"]))
+            axis.imshow(Image.open(folder / f"step-{step}" / image["image"]))
             axis.set(xticks=[], yticks=[])
             axis.set_xlabel(f"reward {image['reward']:.3f}\nrelative {image['relative']:+.3f}", fontsize=8)
             title = "\n".join(textwrap.wrap(image["caption"], 26)[:3]) if step == steps[0] else ""
