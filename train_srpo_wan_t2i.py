@@ -101,9 +101,8 @@ SHUFFLE, NOISE, POSITION, VALIDATION, GLOBAL = range(5)
 
 # ---- 2. SRPO: noise levels, the graded step, the relative score, the plan of an update. Pure functions. -------------
 def shift_sigmas(sigmas, shift):
-    """Bends noise levels in [0, 1], a float or a tensor of any shape, towards 1 as the schedules of SD3, FLUX and Wan
-    do: `shift * sigma / (1 + (shift - 1) * sigma)`. Source: Esser et al. 2024 (https://arxiv.org/abs/2403.03206), eq.
-    23."""
+    """Bends noise levels in [0, 1], a float or a tensor, towards 1 as the schedules of SD3, FLUX and Wan do:
+    `shift * sigma / (1 + (shift - 1) * sigma)`, eq. 23 of Esser et al. 2024 (https://arxiv.org/abs/2403.03206)."""
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
@@ -416,8 +415,8 @@ def flatten_vae(vae):
 
 
 def decode_latents(vae, latents):
-    """Latents (B, C, 1, H, W), normalised as the transformer sees them -> pixels (B, 3, s * H, s * W) float32 in [0,
-    1], and the share of values that were clamped, (), which carry no gradient. The same as `vae.decode`, except that
+    """Latents (B, C, 1, H, W), normalised as the transformer sees them -> pixels (B, 3, s * H, s * W) in [0, 1], and
+    the share of values that were clamped, (), which carry no gradient; float32. The same as `vae.decode`, except that
     the decoder's blocks are checkpointed where gradients flow: `AutoencoderKLWan` has no gradient checkpointing, and
     its cache of frames, which one frame does not need, would break the recomputation."""
     mean, std = (
@@ -607,9 +606,9 @@ def graded_pass(models, rollout, plan, recipe):
     def velocity(x, sigma):
         if not recipe.drift_weight:
             return models.velocity(x, sigma, prompt_embeds)
-        base, velocity = models.base_velocity(x, sigma, prompt_embeds), models.velocity(x, sigma, prompt_embeds)
-        drifts.append((velocity - base).square().mean())
-        return velocity
+        base, trained = models.base_velocity(x, sigma, prompt_embeds), models.velocity(x, sigma, prompt_embeds)
+        drifts.append((trained - base).square().mean())
+        return trained
 
     x0_hat = direct_align_step(velocity, x0, noise, sigma_from, sigma_to)
     pixels, saturated = decode_latents(models.vae, x0_hat)
