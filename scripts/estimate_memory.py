@@ -205,6 +205,13 @@ def make_models(args, model, launch, layers=MEASURED_LAYERS):
     )
 
 
+def paint(models, shape, guidance_scale):
+    """Paints latents of `shape`, (B, C, T, H, W), in one step, both halves of guidance in one batch."""
+    solver = models.solver._replace(guidance_scale=guidance_scale)
+    prompt_embeds = models.negative_prompt_embeds.repeat(shape[0], 1, 1)
+    return trainer.paint_latents(models._replace(solver=solver), torch.empty(shape), prompt_embeds)
+
+
 def run_phases(args, model, models, plan):
     """Takes one step of a rollout, one graded pass, back and forth, and paints validation images in one step, all on
     fake tensors. Returns {phase: most bytes beyond weights}, where gradients of weights are dropped as soon as they
@@ -226,12 +233,6 @@ def run_phases(args, model, models, plan):
     def drop_gradient(parameter):
         tracker.phase, parameter.grad = "backward", None
 
-    def paint(count, height, width, guidance_scale):
-        solver = models.solver._replace(guidance_scale=guidance_scale)
-        latents = torch.empty(count, *model.latent_shape(height, width))
-        prompt_embeds = models.negative_prompt_embeds.repeat(count, 1, 1)
-        return trainer.paint_latents(models._replace(solver=solver), latents, prompt_embeds)
-
     transformer.register_forward_hook(leave_transformer)
     for block in transformer.blocks:
         block.register_forward_pre_hook(enter_block)
@@ -240,9 +241,10 @@ def run_phases(args, model, models, plan):
     with tracker:
         tracker.phase = "rollout"
         together = min(args.rollout_batch_size or batch, batch * args.gradient_accumulation_steps)
-        paint(together, args.height, args.width, args.rollout_guidance_scale)
+        shape = model.latent_shape(args.height, args.width)
+        paint(models, (together, *shape), args.rollout_guidance_scale)
         tracker.phase = "forward"
-        noise, x0 = torch.empty(2, batch, *model.latent_shape(args.height, args.width))
+        noise, x0 = torch.empty(2, batch, *shape)
         prompt_embeds = models.negative_prompt_embeds.repeat(batch, 1, 1)
         rollout = trainer.Rollout(["caption"] * batch, prompt_embeds, range(batch), noise, x0)
         transformer.train()
@@ -253,8 +255,9 @@ def run_phases(args, model, models, plan):
         if args.validation_prompts != []:
             tracker.phase = "validation"
             count = min(batch, len(args.validation_prompts or range(batch)))
-            with torch.no_grad():
-                x0 = paint(count, args.validation_size, args.validation_size, args.validation_guidance_scale)
+            shape = count, *model.latent_shape(args.validation_size, args.validation_size)
+            with torch.no_grad():  # as `paint_validation` does it: the VAE is the flat one here too
+                x0 = paint(models, shape, args.validation_guidance_scale)
                 pixels, _ = trainer.decode_latents(models.vae, x0)
                 models.reward(pixels, ["caption"] * count)
     return {phase: peak - weights for phase, peak in tracker.peaks.items() if phase}, entered[2] - entered[1]

@@ -216,7 +216,7 @@ def test_the_comments_of_the_configurations_are_true(path):
         (
             {"deepspeed_config": {"deepspeed_config_file": "gone.json"}},
             [],
-            "error: `deepspeed_config_file: gone.json` of `--config_file run.yaml` is not a configuration of",
+            "error: `deepspeed_config_file: gone.json` of `--config_file run.yaml` is not a DeepSpeed configuration",
         ),
         ({}, ["--deepspeed_config_file", "gone.json"], "error: `--deepspeed_config_file gone.json` of `--config_file"),
         (
