@@ -376,15 +376,15 @@ def zero_engine(args, launch, measured, largest):
 
 
 def frozen_copy(launch, measured):
-    """The untrained weights that `--drift_weight` holds the velocity near. Each process reads them whole; they go to
-    the GPU, or as its part of the parameters does where ZeRO-3 splits those, when the engine has taken its memory."""
+    """The untrained weights that `--drift_weight` holds the velocity near. When the engine has taken its memory, each
+    process reads them whole; then they go to the GPU, or where its part of the parameters is under ZeRO-3."""
     name, size = "frozen copy for the drift", sum(n * b * number for (n, b, _), number in measured.base.items())
     zero = {} if launch.deepspeed is None else launch.deepspeed["zero_optimization"]
     on_cpu, part = zero.get("offload_param") or {}, 1 / launch.processes if zero.get("stage") == 3 else 1
     if on_cpu.get("device") != "cpu":
-        return [(name, size * part, TRAINING), (name, size, "loading training")]
+        return [(name, size * part, TRAINING), (name, size, "training")]
     kept = sum(locked(n * b * part, on_cpu) * number for (n, b, _), number in measured.base.items())
-    return [(name, size, "loading"), (name, max(size, kept), "training"), (name, kept, "saving")]
+    return [(name, max(size, kept), "training"), (name, kept, "saving")]
 
 
 # ---- The estimate. --------------------------------------------------------------------------------------------------
