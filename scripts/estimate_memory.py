@@ -41,7 +41,6 @@ PROCESS = 3.0 * GB  # of each process on the host: Python, PyTorch, CUDA
 ADAMW_8BIT = 2 * (1 + 4 / 256)  # bytes of both states: 8 bits of each, and a float32 for every block of 256
 TIGHT = 0.95  # share of a GPU above which fragmentation may end a run that fits by the figures
 MEASURED_LAYERS = 3  # the first block differs from all others
-STATE = "computed; not measured on this card yet"
 
 # Phases of a run. After "forward" through the transformer, "image" is the way to the loss and back to the first
 # gradient of a weight, and "backward" the rest. "loading" and later are of the host.
@@ -98,7 +97,7 @@ def parse_args(input_args=None):
     parser.add_argument("--deepspeed_config_file", help="As of `accelerate launch`: instead of the one in the YAML.")
     parser.add_argument("--gpu_memory_gb", type=float, help="Memory of one GPU. Default: that of this machine's.")
     parser.add_argument("--host_memory_gb", type=float, help="Memory of one machine. Default: that of this one.")
-    parser.add_argument("--markdown", action="store_true", help="Print a row of the table in README.md.")
+    parser.add_argument("--markdown", action="store_true", help="Print a row of the table in docs/hardware.md.")
     unread = ["--pretrained_model_name_or_path", "Wan-AI/Wan2.2-T2V-A14B-Diffusers", "--dataset_name", "unread"]
 
     def refuse(_parser, message):
@@ -434,12 +433,12 @@ def report(own, launch, table):
 
 
 def markdown_row(own, args, flags, launch, table):
-    """The row of the table in README.md for this run."""
+    """The row of the table in docs/hardware.md for this run."""
     use = "full" if args.lora_rank is None else f"LoRA, rank {args.lora_rank}"
     shown = ["--deepspeed_config_file", own.deepspeed_config_file] * bool(own.deepspeed_config_file) + flags
     shown = " ".join(shown).replace(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} ", "")
     gpu, host = (f"{max(sum(table[phase].values()) for phase in side.split()) / GB:.1f}" for side in (GPU, HOST))
-    return f"| {launch.machine} | {use} | `{own.config_file}` | `{shown}` | {gpu} | {host} | {STATE} |"
+    return f"| {launch.machine} | {use} | `{own.config_file}` | `{shown}` | {gpu} | {host} |"
 
 
 def main(input_args=None):
