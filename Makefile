@@ -1,11 +1,12 @@
-# make demo   SRPO on a miniature Wan2.2, on the CPU: pictures and figures in outputs/demo
-# make test   ruff and the whole test suite
-# make clean  remove what the two made, the virtual environment too
+# make demo      SRPO on a miniature Wan2.2, on the CPU: pictures and figures in outputs/demo
+# make test      ruff, and one test of every behaviour
+# make test-all  ruff and all tests: more engines, precisions, seeds and flags
+# make clean     remove what the others made, the virtual environment too
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test clean
+.PHONY: demo test test-all lint clean
 
 .venv/installed: requirements.txt
 	@echo "Installing requirements.txt into .venv. This takes minutes, once."
@@ -21,10 +22,15 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/python tests/miniature/demo.py
 
-test: .venv/test-tools
+lint: .venv/test-tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test: lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+test-all: lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 clean:
 	rm -rf .venv outputs .pytest_cache .ruff_cache

@@ -1,164 +1,39 @@
-"""
-What test files share: random models of real classes at tiny sizes, captions embedded with one of them, a run of the
-training script in this process, and readers of what it wrote.
-"""
+"""Fixtures that test files share: tiny models, a dataset, runs of the scripts, and what they refuse."""
 
-import hashlib
-import json
-import logging
-import math
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # before anything that reads it is imported
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start: they share few cores
-
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessor,
-    CLIPModel,
-    CLIPProcessor,
-    CLIPTokenizer,
-    T5Tokenizer,
-    UMT5Config,
-    UMT5EncoderModel,
+from helpers import (
+    BOUNDARY_FLAGS,
+    CAPTIONS,
+    CPU,
+    LORA,
+    PROMPTS,
+    QUICK,
+    ROOT,
+    launched,
+    make_scheduler,
+    make_text_encoder,
+    make_text_model,
+    make_transformer,
+    make_vae,
+    run_embed_prompts,
+    run_in_process,
+    snapshot,
 )
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
-
-
-torch.set_num_threads(1)  # tensors are tiny, and results must not depend on the machine
-
-ROOT = Path(__file__).parent.parent
-MINIATURE = ROOT / "tests" / "miniature"
-TWO_RANKS = "--config_file accelerate_configs/a100x8.yaml --num_processes 2 --main_process_port 0"  # 0: any free one
-WORDS = ["a", "red", "blue", "cat", "dog", "boat", "on"]  # one token each; a prompt ends with one more, </s>
-CAPTIONS = ["a red cat", "a blue dog", "a boat", "a red boat on a blue cat", "a cat on a boat", "a dog"]
-LATENTS_MEAN, LATENTS_STD = [0.1, -0.2, 0.3, -0.4], [1.5, 0.5, 2.0, 1.25]
-MEASURED = {"seconds", "images_per_second", "peak_memory_gb"}  # what no two runs share
-
-# A tiny run of two updates without validation and events; the learning rate is large enough to see.
-QUICK = (
-    "--height 32 --width 32 --validation_size 32 --sampling_steps 2 --max_train_steps 2 --checkpointing_steps 2 "
-    "--learning_rate 1e-3 --report_to none"
-).split()
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 
 
-def run_in_process(*flags, mixed_precision="no"):
-    """Runs the training script in this process, as `accelerate launch` with accelerate_configs/cpu.yaml would."""
-    from train_srpo_wan_t2i import main, parse_args
-
-    handlers = list(logging.getLogger().handlers)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        patch.setenv("ACCELERATE_MIXED_PRECISION", mixed_precision)
-        AcceleratorState._reset_state(reset_partial_state=True)  # of whatever ran in this process before
-        try:
-            main(parse_args([str(flag) for flag in flags]))
-        finally:
-            AcceleratorState._reset_state(reset_partial_state=True)
-            for handler in set(logging.getLogger().handlers) - set(handlers):
-                logging.getLogger().removeHandler(handler)
-                handler.close()
-
-
-def gradient_descent(rate):
-    """
-    Flags that make gradient descent of AdamW: its epsilon is above every gradient. AdamW itself makes of the smallest
-    gradient a step of full size, so it would show the last bits of a sum that has another order.
-    """
-    return ["--adam_epsilon", 1e4, "--learning_rate", 1e4 * rate, "--adam_weight_decay", 0]
-
-
-def load_weights(output_dir, expert="transformer_2"):
-    return load_file(Path(output_dir, expert, "diffusion_pytorch_model.safetensors"))
-
-
-def checkpoints(output_dir):
-    return sorted(path.name for path in Path(output_dir).glob("checkpoint-*"))
-
-
-def load_history(output_dir, step=2):
-    return json.loads(Path(output_dir, f"checkpoint-{step}", "trainer_state.json").read_text())["history"]
-
-
-def logged(output_dir, name, step=2):
-    """The values of a curve, one for each update."""
-    return [row[name] for row in load_history(output_dir, step) if name in row]
-
-
-def repeatable(history):
-    return [{name: value for name, value in row.items() if name not in MEASURED} for row in history]
-
-
-def read_scores(output_dir, step=0, name="reward"):
-    """Of every validation image of a step."""
-    return [row[name] for row in json.loads(Path(output_dir, f"images/step-{step}/scores.json").read_text())]
-
-
-def same_bits(weights, others):
-    return weights.keys() == others.keys() and all(torch.equal(weights[name], others[name]) for name in weights)
-
-
-def distance(weights, others):
-    return math.sqrt(sum((weights[name].double() - others[name].double()).square().sum() for name in weights))
-
-
-def read_log(output_dir):
-    return Path(output_dir, "train.log").read_text()
-
-
-def file_hashes(folder):
-    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def make_text_encoder():
-    """A random UMT5 encoder, text_dim 16, and a tokenizer of `WORDS`."""
-    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"▁{word}", -1.0) for word in WORDS)]
-    config = UMT5Config(vocab_size=len(vocab), d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
-    text_encoder = UMT5EncoderModel(config)
-    for parameter in text_encoder.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)  # not the ones of a new layer norm, by which it is identified
-    return {"text_encoder": text_encoder, "tokenizer": T5Tokenizer(vocab=vocab, extra_ids=0)}
-
-
-def make_transformer():
-    return WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=16,
-        freq_dim=16,
-        ffn_dim=32,
-        num_layers=2,
-    )
-
-
-def make_vae(**config):
-    return AutoencoderKLWan(
-        base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 2, 2, 2],
-        num_res_blocks=1,
-        temperal_downsample=[False, True, True],
-        latents_mean=LATENTS_MEAN,
-        latents_std=LATENTS_STD,
-        **config,
-    )
-
-
-def make_scheduler(flow_shift):
-    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift)
+# ---- Models and datasets. -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -220,17 +95,42 @@ def tiny_reward(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def model_copy(tiny_model, tmp_path):
+    """A copy of the tiny model to spoil."""
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+@pytest.fixture(scope="session")
+def low_noise_model(tiny_model, tmp_path_factory):
+    """The tiny model without its high-noise expert."""
+    folder = Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("copy") / "model"))
+    shutil.rmtree(folder / "transformer")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_model(tmp_path_factory):
+    """Folder of a model of which there is only the text encoder and its tokenizer."""
+    return make_text_model(tmp_path_factory.mktemp("text_model"), seed=0)
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    """A file of the captions `PROMPTS`."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(PROMPTS) + "\n")
+    return file
+
+
 @pytest.fixture(scope="session")
 def embed(tmp_path_factory):
-    """Function: a model and captions -> the folder of the dataset that `embed_prompts.py` makes of them."""
-    import embed_prompts
+    """Function: a model, captions and flags -> the folder of the dataset that `embed_prompts.py` makes of them."""
 
-    def run(model, captions):
+    def run(model, captions, *flags):
         folder = tmp_path_factory.mktemp("embed")
         (folder / "captions.txt").write_text("\n".join(captions))
-        paths = ["--pretrained_model_name_or_path", model, "--prompts", folder / "captions.txt"]
-        flags = [*paths, "--output_dir", folder / "embeddings", "--max_sequence_length", "16"]
-        embed_prompts.main(embed_prompts.parse_args([str(flag) for flag in flags]))
+        run_embed_prompts(model, folder / "captions.txt", folder / "embeddings", *flags)
         return folder / "embeddings"
 
     return run
@@ -240,6 +140,21 @@ def embed(tmp_path_factory):
 def tiny_dataset(embed, tiny_model):
     """Folder that `embed_prompts.py` wrote: the six `CAPTIONS`, embedded by `tiny_model` with 16 tokens at most."""
     return embed(tiny_model, CAPTIONS)
+
+
+@pytest.fixture(scope="session")
+def one_expert_dataset(embed, tiny_one_expert_model):
+    """The same by `tiny_one_expert_model`."""
+    return embed(tiny_one_expert_model, CAPTIONS)
+
+
+@pytest.fixture(scope="session")
+def boundary_dataset(embed, tiny_model):
+    """The same by `tiny_model`, and three latents of each caption, of the size and the steps of the quick flags."""
+    return embed(tiny_model, CAPTIONS, *BOUNDARY_FLAGS)
+
+
+# ---- Runs of the training script. -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -286,6 +201,19 @@ def plain_run(train):
 
 
 @pytest.fixture(scope="session")
+def lora_run(train):
+    """Two updates of a LoRA, far enough to be seen, with a checkpoint and a validation image after each."""
+    flags = ["--learning_rate", 0.05, "--adam_weight_decay", 0, "--checkpointing_steps", 1, "--validation_steps", 1]
+    return train(*LORA, *flags, prompts=["a red cat"])
+
+
+@pytest.fixture(scope="session")
+def quick_lora(train):
+    """Two updates of a LoRA with none but the quick flags."""
+    return train(*LORA)
+
+
+@pytest.fixture(scope="session")
 def start(command):
     """Function: starts the script through `accelerate launch`, writing to a folder; returns the `subprocess.Popen`."""
 
@@ -294,7 +222,7 @@ def start(command):
         return subprocess.Popen(
             [*launcher, "train_srpo_wan_t2i.py", *command(output_dir, *flags, **inputs)],
             cwd=ROOT,
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **(environment or {})},
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **(environment or {})},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -316,3 +244,57 @@ def launch(start, tmp_path_factory):
         return output_dir
 
     return run
+
+
+@pytest.fixture
+def own_signal_handlers():
+    """Whatever a run in this process does when it gets a signal, others do not."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+# ---- What is refused. -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_loading(monkeypatch):
+    """A test fails as soon as a model is loaded."""
+
+    def fail(*args, **kwargs):
+        pytest.fail("a model was loaded before the input was checked")
+
+    for model_class in (WanPipeline, WanTransformer3DModel, AutoencoderKLWan, CLIPModel):
+        monkeypatch.setattr(model_class, "from_pretrained", fail)
+
+
+@pytest.fixture
+def make_flags(tiny_model, tiny_dataset, tiny_reward, tmp_path):
+    """Function: flags -> all flags of a run that would work, but for those flags."""
+    paths = ["--pretrained_model_name_or_path", tiny_model, "--dataset_name", tiny_dataset]
+    reward = ["--reward_model", "CLIP", "--reward_model_path", tiny_reward, "--output_dir", tmp_path / "output"]
+    sizes = ["--max_sequence_length", 16, "--height", 32, "--width", 32, "--validation_size", 32]
+    return lambda *flags: [str(item) for item in (*paths, *reward, *sizes, *flags)]
+
+
+@pytest.fixture
+def refusal(make_flags, no_loading, tmp_path, capsys):
+    """
+    Function: runs the script with flags that it must refuse, as `accelerate launch` does with those in `launcher`, and
+    returns its message. Fails if a model is loaded, if a file in `tmp_path` changes, or if the message is not one
+    line.
+    """
+    from train_srpo_wan_t2i import main, parse_args
+
+    def refuse(*flags, launcher=CPU):
+        before = snapshot(tmp_path)
+        with pytest.raises(SystemExit) as caught, launched(*launcher.split()):
+            main(parse_args(make_flags(*flags)))
+        assert snapshot(tmp_path) == before
+        if caught.value.code == 2:  # argparse writes the message itself
+            return re.search(r"^\S+: error: (.*)\n\Z", capsys.readouterr().err, re.MULTILINE).group(1)
+        assert re.fullmatch("error: .*", caught.value.code), "one line, which makes Python exit with 1"
+        return caught.value.code.removeprefix("error: ")
+
+    return refuse

@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
 # The denoise branch alone, drawn to the positive words twice as strongly, keeps the captions best on this model. All
-# that is not named is the trainer's default, the published settings; tests/test_method.py trains with those.
+# that is not named is the trainer's default, the published settings; tests/run/test_method.py trains with those.
 TRAINING = f"""
     --reward_model CLIP --height 64 --width 64 --validation_size 64
     --branches denoise --discount_pos 1 1 --reward_margin 1.05 --noise per_sample

@@ -1,11 +1,11 @@
 """The miniature is what its builder says, paints what its captions say, and its reward knows SRPO's control words."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import MINIATURE
 from miniature.build import CONTROL_WORDS, make_pipeline, make_reward, sample, save_model
 from miniature.drawings import (
     BACKGROUNDS,
@@ -24,9 +24,6 @@ from safetensors import safe_open
 from transformers import CLIPModel, CLIPProcessor
 
 from diffusers import AutoencoderKLWan, WanPipeline
-
-
-MINIATURE = Path(__file__).parent / "miniature"
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +105,9 @@ def test_weights_stay_small():
 
 
 @pytest.mark.parametrize(
-    "experts", [{}, {"transformer": None, "boundary_ratio": 1.0}], ids=["both", "low-noise expert alone"]
+    "experts",
+    [pytest.param({}, marks=pytest.mark.slow), {"transformer": None, "boundary_ratio": 1.0}],
+    ids=["both", "low-noise expert alone"],
 )
 def test_samples_follow_captions_in_both_styles(experts):
     pipeline = WanPipeline.from_pretrained(MINIATURE / "model", dtype=torch.float32, **experts)

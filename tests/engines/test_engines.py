@@ -6,58 +6,42 @@ that was killed goes on as if it had not been, and every checkpoint can be expor
 import json
 import shutil
 import signal
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import psutil
 import pytest
 import torch
-from conftest import (
+from export_checkpoint import main as export
+from export_checkpoint import parse_args as parse_export_args
+from helpers import (
+    ENGINES,
     ROOT,
     TWO_RANKS,
     checkpoints,
     gradient_descent,
+    kill,
     load_history,
     load_weights,
     logged,
     read_log,
     repeatable,
     same_bits,
+    wait_for,
 )
-from export_checkpoint import main as export
-from export_checkpoint import parse_args as parse_export_args
 from safetensors.torch import load_file
 
 from diffusers import WanTransformer3DModel
 
 
-ENGINES = ["zero2", "zero2_offload", "zero2_bf16", "zero3", "zero3_offload"]
+RUNS = [
+    pytest.param(run, marks=() if run == "zero3_offload" else pytest.mark.slow) for run in [*ENGINES, "zero3 and LoRA"]
+]
 FOUR_STEPS = "--max_train_steps 4 --checkpointing_steps 2 --validation_steps 2 --lr_scheduler linear".split()
 
 
 def launcher(engine):
     """Flags of `accelerate launch` for two processes of an engine."""
     return f"{TWO_RANKS} --deepspeed_config_file ds_configs/{engine}.json"
-
-
-def wait_for(condition, process, seconds=180):
-    """Waits until something is true of a run that must not end before."""
-    for _ in range(10 * seconds):
-        if condition():
-            return
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.1)
-    raise TimeoutError(f"not after {seconds} seconds")
-
-
-def kill(process):
-    """Kills a launcher and the processes that it started, all of them at once and without warning."""
-    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for member in family:
-        member.kill()
-    psutil.wait_procs(family)
-    process.communicate()
 
 
 def final_weights(output_dir):
@@ -73,7 +57,56 @@ def update(output_dir, model):
     return torch.cat([(weights[name].double() - base.get(name, 0)).flatten() for name in sorted(weights)])
 
 
-@pytest.fixture(scope="module", params=[*ENGINES, "zero3 and LoRA"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(engine, marks=[] if engine == QUICK_ENGINE else pytest.mark.slow)
+        for engine in (*ENGINES, "zero3 and LoRA")
+    ],
+)
+def runs(request, launch, start, tmp_path_factory):
+    """Of one engine: a run of four updates, and one that was killed after two or three of them and then resumed."""
+    engine, *lora = request.param.split(" and ")
+    flags = [*FOUR_STEPS, *(["--lora_rank", 4] if lora else [])]
+    straight = launch(launcher(engine), *flags, prompts=["a red cat", "a boat", "a dog"])
+
+    resumed = tmp_path_factory.mktemp("killed")
+    process = start(launcher(engine).split(), resumed, *flags, prompts=["a red cat", "a boat", "a dog"])
+    wait_for(lambda: (resumed / "checkpoint-2").exists(), process)
+    kill(process)
+    assert not (resumed / "README.md").exists(), "it was killed before its end"
+    shutil.rmtree(resumed / "checkpoint-4", ignore_errors=True)
+    more = [*flags, "--resume_from_checkpoint", "latest"]
+    launch(launcher(engine), *more, output_dir=resumed, prompts=["a red cat", "a boat", "a dog"])
+    return SimpleNamespace(engine=engine, lora=bool(lora), straight=straight, resumed=resumed)
+
+
+def test_a_run_paints_saves_and_ends(runs):
+    assert checkpoints(runs.straight) == ["checkpoint-2", "checkpoint-4"]
+    assert len([*(runs.straight / "images").rglob("*.png")]) == 9
+    assert [row["step"] for row in load_history(runs.straight, 4)] == [0, 1, 2, 2, 3, 4, 4]
+    assert "Total train batch size (w. parallel, distributed & accumulation) = 2" in read_log(runs.straight)
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been_killed(runs):
+    assert f"Resumed from {runs.resumed}/checkpoint-2 at step 2" in read_log(runs.resumed)
+    assert same_bits(final_weights(runs.resumed), final_weights(runs.straight))
+    assert repeatable(load_history(runs.resumed, 4)) == repeatable(load_history(runs.straight, 4))
+
+
+def test_an_exported_checkpoint_is_what_the_run_saved(runs, tmp_path):
+    export(parse_export_args([str(runs.straight / "checkpoint-4"), "--output_dir", str(tmp_path / "exported")]))
+    assert same_bits(final_weights(tmp_path / "exported"), final_weights(runs.straight))
+
+
+def test_an_export_of_an_earlier_checkpoint_has_its_weights(runs, tmp_path):
+    export(parse_export_args([str(runs.straight / "checkpoint-2"), "--output_dir", str(tmp_path / "exported")]))
+    assert not same_bits(final_weights(tmp_path / "exported"), final_weights(runs.straight))
+    if not runs.lora:
+        WanTransformer3DModel.from_pretrained(tmp_path / "exported", subfolder="transformer_2")
+
+
+@pytest.fixture(scope="module", params=RUNS)
 def runs(request, launch, start, tmp_path_factory):
     """Of one engine: a run of four updates, and one that was killed after two or three of them and then resumed."""
     engine, *lora = request.param.split(" and ")
@@ -129,6 +162,7 @@ def test_the_result_is_that_of_one_process_up_to_bfloat16(runs, one_process, tin
     assert similarity > 0.9, "AdamW makes steps of full size of small gradients, whose signs bfloat16 may change"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine != "zero2_bf16"])
 def test_in_float32_the_result_is_that_of_one_process(engine, launch, one_process, tiny_model, tmp_path):
     config = json.loads((ROOT / f"ds_configs/{engine}.json").read_text())
@@ -142,6 +176,7 @@ def test_in_float32_the_result_is_that_of_one_process(engine, launch, one_proces
     assert (update(output_dir, tiny_model) - update(expected, tiny_model)).norm() < 1e-5
 
 
+@pytest.mark.slow
 def test_sigterm_finishes_the_update_saves_it_and_says_how_to_go_on(start, launch, tmp_path):
     flags = ["--max_train_steps", 500, "--checkpointing_steps", 500]
     process = start(launcher("zero2").split(), tmp_path, *flags)

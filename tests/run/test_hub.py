@@ -13,14 +13,13 @@ from threading import Thread
 
 import huggingface_hub
 import pytest
-from conftest import file_hashes, load_weights, read_log, same_bits
+from helpers import ROOT, file_hashes, load_weights, read_log, same_bits
 from hub import LOST, TOKEN, Hub
 from safetensors.torch import load_file
 
 from diffusers import WanTransformer3DModel
 
 
-ROOT = Path(__file__).parent.parent
 EXPERT = "transformer_2/diffusion_pytorch_model.safetensors"
 LORA = "pytorch_lora_weights.safetensors"
 
@@ -247,8 +246,23 @@ def test_a_pushed_lora_loads_into_a_pipeline_and_into_an_expert(loaded, tiny_mod
 # ---- A Hub that fails and recovers. ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("failure", [503, LOST])
-@pytest.mark.parametrize("kind", ["create", "validate", "preupload", "batch", "put", "verify", "commit"])
+QUICK_FAILURES = {
+    "create": LOST,
+    "validate": 503,
+    "preupload": 503,
+    "batch": 503,
+    "put": LOST,
+    "verify": 503,
+    "commit": LOST,
+}
+FAILURES = [
+    pytest.param(kind, failure, marks=() if failure == quick else pytest.mark.slow)
+    for kind, quick in QUICK_FAILURES.items()
+    for failure in (503, LOST)
+]
+
+
+@pytest.mark.parametrize("kind, failure", FAILURES)
 def test_a_push_survives_a_failure_of_any_request(push, hub, waits, kind, failure):
     hub.failures[kind] = iter([failure])
     output_dir = push()

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT, draw
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers import AutoencoderKLWan
@@ -158,10 +158,6 @@ def twins(request):
         stock = AutoencoderKLWan(**source).eval()
     stock.requires_grad_(False)
     return stock, flatten_vae(copy.deepcopy(stock)), scale
-
-
-def draw(seed, *shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def relative_difference(found, expected):

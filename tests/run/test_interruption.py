@@ -13,17 +13,12 @@ from threading import Thread
 
 import pytest
 import torch
-from conftest import checkpoints, load_history, load_weights, read_log, repeatable, run_in_process, same_bits
+from helpers import checkpoints, load_history, load_weights, read_log, repeatable, run_in_process, same_bits
 
 from train_srpo_wan_t2i import list_checkpoints
 
 
-@pytest.fixture(autouse=True)
-def own_signal_handlers():
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("own_signal_handlers")
 
 
 def send_when(output_dir, line, number):
@@ -89,7 +84,7 @@ def test_processes_that_load_data_do_not_die_of_the_signal_before_the_update_is_
 
 
 PROCESSES = multiprocessing.get_context("forkserver")  # starts in no time, with the libraries already imported
-PROCESSES.set_forkserver_preload(["conftest", "train_srpo_wan_t2i"])
+PROCESSES.set_forkserver_preload(["helpers", "train_srpo_wan_t2i"])
 
 
 def newest(output_dir):
@@ -109,8 +104,9 @@ def last_step(output_dir):
     return state["global_step"]
 
 
-def test_whenever_a_run_is_killed_it_can_be_resumed_and_ends_the_same(train, command, tmp_path):
-    kills, draw, steps = int(os.environ.get("KILLS", 12)), random.Random(0), [0]
+@pytest.mark.parametrize("kills", [3, pytest.param(int(os.environ.get("KILLS", 12)), marks=pytest.mark.slow)])
+def test_whenever_a_run_is_killed_it_can_be_resumed_and_ends_the_same(train, command, tmp_path, kills):
+    draw, steps = random.Random(0), [0]
     flags = ["--max_train_steps", 8 * kills, "--checkpointing_steps", 1, "--checkpoints_total_limit", 2]
     resume = command(tmp_path, *flags, "--resume_from_checkpoint", "latest")
     for _ in range(kills):

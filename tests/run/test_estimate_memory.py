@@ -1,45 +1,27 @@
-"""`scripts/estimate_memory.py`: its figures for the 14B model, the tables they are printed in, and real memory."""
+"""`scripts/estimate_memory.py`: its figures for the 14B model and the tables they are printed in."""
 
 import re
 import shutil
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import estimate_memory
 import pytest
 import torch
 import yaml
-from estimate_memory import (
-    GPU,
-    HOST,
-    MEASURED_LAYERS,
-    Launch,
-    StorageTracker,
-    estimate,
-    main,
-    make_transformer,
-    parse_args,
-    read_launch,
-    run_phases,
-)
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.profiler import profile
-
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
-
-from train_srpo_wan_t2i import Branch, ModelInfo, RewardModel, graded_pass, predict_velocity, read_model_info
+from estimate_memory import GPU, HOST, Launch, estimate, main, parse_args, read_launch
+from helpers import ROOT
 
 
-ROOT = Path(__file__).parent.parent
 MODEL = "tests/fixtures/wan2.2-t2v-a14b"
+
 MODEL_FLAGS = ["--pretrained_model_name_or_path", MODEL]
+
 CHECKPOINTING = (*MODEL_FLAGS, "--gradient_checkpointing")
+
 CARDS = {"RTX 4090": 25.8, "A100-40GB": 42.9, "A100-80GB": 85.9, "H100-80GB": 85.5, "RTX 6000 Pro": 102.6}
 
-
 DEEPSPEED = Launch("", 1, 1, "DEEPSPEED", "bf16", {})
+
 PLAIN_MEASURE, MEASURED = estimate_memory.measure, {}
 
 
@@ -55,12 +37,6 @@ def measure(args, launch):
 def in_root(monkeypatch):
     monkeypatch.chdir(ROOT)  # the YAML names a JSON from there
     monkeypatch.setattr(estimate_memory, "measure", measure)
-
-
-@contextmanager
-def fake_tensors():
-    with mock.patch.object(torch.nn.Module, "_apply", estimate_memory.assign_data), FakeTensorMode():
-        yield
 
 
 def measured(*flags):
@@ -143,6 +119,7 @@ def test_under_zero3_the_vector_of_weights_is_page_locked_in_any_case():
     assert gigabytes("rtx4090")["training"]["parameters"] == pytest.approx(2**35 / 1e9 + 43.7, abs=0.1)
 
 
+@pytest.mark.slow
 def test_adamw_8bit_and_fp8_save_what_they_promise():
     parts = rounded(gigabytes("rtx6000pro", "--optimizer", "adamw_8bit")["step"])
     assert parts["optimizer"] == 29.02  # 2 bytes of states and 8 / 256 of scales x 14.29 billion
@@ -156,6 +133,7 @@ def readme_rows():
     return [line for line in section.splitlines() if line.startswith("|") and "computed" in line]
 
 
+@pytest.mark.slow
 def test_the_rows_of_the_readme_are_what_the_script_prints(capsys):
     rows = readme_rows()
     assert len(rows) == 12
@@ -177,91 +155,6 @@ def test_the_comments_of_the_configurations_are_true(path):
         flags = [flag for flag in flags.split() if flag != "--gradient_checkpointing"]
         table = gigabytes(path.stem, *flags)
         assert [most(table, side) for side in (GPU, HOST)] == expected
-
-
-@pytest.mark.parametrize(
-    "mixed_precision, flags",
-    [("bf16", []), ("bf16", ["--gradient_checkpointing", "--lora_rank", "4", "--base_weights", "fp8"])],
-    ids=["autocast", "fp8"],
-)
-def test_activations_are_a_line_in_the_layers(tiny_model, mixed_precision, flags):
-    size = "--height 64 --width 64 --max_sequence_length 16 --validation_prompts".split()
-    *_, args = parse_args(["--config_file", "", "--pretrained_model_name_or_path", str(tiny_model), *flags, *size])
-    launch, model = Launch("", 1, 1, "NO", mixed_precision, None), read_model_info(args)
-    scheduler = FlowMatchEulerDiscreteScheduler()
-    peaks = {}
-    for layers in (MEASURED_LAYERS, 4):
-        with fake_tensors():
-            transformer, dtype = make_transformer(args, launch, layers)
-            vae = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(tiny_model, subfolder="vae"))
-            models = (vae.requires_grad_(False), PatchReward(), scheduler)
-            peaks[layers], each = run_phases(args, model, transformer, dtype, *models)
-    for phase in ("forward", "image", "backward"):
-        peaks[MEASURED_LAYERS][phase] += each * (4 - MEASURED_LAYERS)
-    assert peaks[MEASURED_LAYERS] == peaks[4]
-
-
-class PatchReward(RewardModel):
-    """Scores an image by one convolution."""
-
-    keep_borders, scale, image_size, mean, std = True, 1.0, 32, (0.5,) * 3, (0.5,) * 3
-
-    def __init__(self):
-        super().__init__()
-        self.model = torch.nn.Conv2d(3, 8, 32)
-        self.freeze("cpu", torch.bfloat16)
-
-    def image_features(self, pixels):
-        return self.model(pixels).flatten(1)
-
-    def text_features(self, texts):
-        return torch.ones(len(texts), 8)
-
-
-def test_tracked_memory_is_that_of_real_tensors(make_args):
-    """One graded pass of a small model with fake tensors, and with real ones under PyTorch's profiler."""
-    args = make_args("--height", 64, "--width", 64, "--max_sequence_length", 16)
-    args.validation_prompts = []
-    model = ModelInfo(True, 0.875, False, (1, 2, 2), 16, 64, 8, 3.0)
-
-    def build():
-        sizes = {"num_attention_heads": 2, "attention_head_dim": 64, "text_dim": 64, "ffn_dim": 512, "num_layers": 3}
-        vae = AutoencoderKLWan(base_dim=16, num_res_blocks=1).requires_grad_(False).to(torch.bfloat16)
-        return WanTransformer3DModel(**sizes).to(torch.bfloat16), vae, PatchReward()
-
-    scheduler = FlowMatchEulerDiscreteScheduler()
-    with fake_tensors():
-        transformer, vae, reward_model = build()
-        tracked, _ = run_phases(args, model, transformer, torch.bfloat16, vae, reward_model, scheduler)
-
-    transformer, vae, reward_model = build()
-    for parameter in transformer.train().parameters():
-        parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
-    noise, embeds = torch.randn(1, 16, 1, 8, 8), torch.randn(1, 16, 64, dtype=torch.bfloat16)
-    branches = [Branch("denoise", 0.6, 0.5, 0.0), Branch("inversion", 0.6, 0.5, 0.0)]
-    velocity_fn = partial(predict_velocity, transformer)
-    with profile(profile_memory=True) as profiled:
-        inputs = (vae, reward_model, noise, noise, embeds, ["caption"], ("positive", "negative"), branches, args)
-        graded_pass(velocity_fn, *inputs)[0].backward()
-    live = peak = 0
-    events = (event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]")
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    assert max(tracked[phase] for phase in ("forward", "image", "backward")) == pytest.approx(peak, rel=0.03)
-
-
-def test_a_storage_counts_once_and_while_it_lives():
-    tracker = StorageTracker()
-    with tracker:
-        first = torch.empty(1000)
-        view = first[:10]
-        del first
-        second = torch.empty(500)
-        del view
-        third = torch.empty(100)
-    assert tracker.peaks == {None: 6000}
-    assert tracker.live == second.nbytes + third.nbytes
 
 
 @pytest.mark.parametrize(

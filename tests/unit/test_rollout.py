@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from helpers import draw
 
 from diffusers import (
     AutoencoderKLWan,
@@ -19,10 +20,6 @@ from train_srpo_wan_t2i import make_scheduler, predict_velocity, rollout
 
 STEPS = 4
 MODELS = {"two experts": ("tiny_model", "transformer_2"), "one expert": ("tiny_one_expert_model", "transformer")}
-
-
-def draw(seed, *shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 PROMPT_EMBEDS, NEGATIVE_PROMPT_EMBEDS = draw(1, 2, 16, 16), draw(2, 2, 16, 16)

@@ -1,0 +1,115 @@
+"""What the parser and the checks say of flags alone, before anything is read."""
+
+import importlib.util
+import re
+
+import pytest
+
+from train_srpo_wan_t2i import check_deepspeed
+
+
+def test_rollouts_take_10_steps_by_default(make_args):
+    assert make_args().sampling_steps == 10
+
+
+# ---- Flags that the DeepSpeed file repeats. -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "field, value, flag, wanted",
+    [
+        ("train_micro_batch_size_per_gpu", 3, "train_batch_size", 2),
+        ("gradient_accumulation_steps", 1, "gradient_accumulation_steps", 4),
+        ("gradient_clipping", 1.0, "max_grad_norm", 0.1),
+        ("train_batch_size", 8, "train_batch_size", 24),  # would suit one process
+        ("train_batch_size", 16, "train_batch_size", 24),  # would suit two
+    ],
+)
+def test_a_number_in_the_deepspeed_file_that_is_not_that_of_the_flags(make_args, field, value, flag, wanted):
+    args = make_args("--train_batch_size", 2, "--gradient_accumulation_steps", 4)
+    with pytest.raises(ValueError) as caught:
+        check_deepspeed(args, {field: value}, num_processes=3)
+    assert str(caught.value) == (
+        f"The DeepSpeed file says `{field}` {value}, but `--{flag}` and 3 processes make it {wanted}. "
+        'Write "auto" into the file, or change the flag.'
+    )
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"train_micro_batch_size_per_gpu": "auto", "train_batch_size": "auto"},
+        {"gradient_accumulation_steps": "auto", "gradient_clipping": "auto"},
+        {"train_micro_batch_size_per_gpu": 2},
+        {"gradient_accumulation_steps": 4},
+        {"gradient_clipping": 0.1},
+        {"train_batch_size": 24, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4},
+    ],
+)
+def test_a_deepspeed_file_that_agrees_with_the_flags_is_accepted(make_args, config):
+    args = make_args("--train_batch_size", 2, "--gradient_accumulation_steps", 4)
+    check_deepspeed(args, config, num_processes=3)
+
+
+@pytest.mark.parametrize("flags, stage", [("--compile", 2), ("", 3)])
+def test_compiling_under_zero_2_and_zero_3_without_it_are_accepted(make_args, flags, stage):
+    check_deepspeed(make_args(*flags.split()), {"zero_optimization": {"stage": stage}}, num_processes=3)
+
+
+# ---- LoRA. ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def refusal(make_args, capsys):
+    """Function: flags that the parser must refuse -> its message, one line."""
+
+    def refuse(flags):
+        with pytest.raises(SystemExit) as caught:
+            make_args(*flags.split())
+        assert caught.value.code == 2
+        return re.search(r"^\S+: error: (.*)\n\Z", capsys.readouterr().err, re.MULTILINE).group(1)
+
+    return refuse
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--lora_alpha 8",
+        "--lora_dropout 0.1",
+        "--lora_dropout 0",
+        "--lora_target_modules to_q",
+        "--base_weights fp8",
+        "--save_merged",
+    ],
+)
+def test_a_flag_of_the_lora_without_a_lora(refusal, flags):
+    name = flags.split()[0]
+    assert refusal(flags).startswith(f"`{name}` needs `--lora_rank`")
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--lora_rank 0", "`--lora_rank` must be at least 1, but is 0."),
+        ("--lora_rank 4 --lora_alpha 0", "`--lora_alpha` must be positive, but is 0.0."),
+        ("--lora_rank 4 --lora_dropout 1", "`--lora_dropout` must be at least 0 and below 1, but is 1.0."),
+        ("--lora_rank 4 --lora_dropout -0.1", "`--lora_dropout` must be at least 0 and below 1, but is -0.1."),
+    ],
+)
+def test_values_that_no_lora_has(refusal, flags, message):
+    assert refusal(flags) == message
+
+
+# ---- AdamW of 8 bits. -----------------------------------------------------------------------------------------------
+
+
+def test_without_torchao_it_is_refused(make_args, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None)
+    with pytest.raises(SystemExit) as caught:
+        make_args("--optimizer", "adamw_8bit")
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.endswith(
+        "error: `--optimizer adamw_8bit` needs torchao: run `pip install torchao`.\n"
+    )
