@@ -20,9 +20,8 @@ from typing import NamedTuple
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything that reads it is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start: they share few cores
 # What DeepSpeed and PyTorch compile, for a minute each, and would compile again if another copy used the same folder.
-COMPILED = Path(__file__).parents[1] / ".pytest_cache"
-os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(COMPILED / "torch_extensions"))
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(COMPILED / "torch_inductor"))
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "torch_extensions"))
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "torch_inductor"))
 
 import psutil
 import pytest

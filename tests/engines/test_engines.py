@@ -57,55 +57,6 @@ def update(output_dir, model):
     return torch.cat([(weights[name].double() - base.get(name, 0)).flatten() for name in sorted(weights)])
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(engine, marks=[] if engine == QUICK_ENGINE else pytest.mark.slow)
-        for engine in (*ENGINES, "zero3 and LoRA")
-    ],
-)
-def runs(request, launch, start, tmp_path_factory):
-    """Of one engine: a run of four updates, and one that was killed after two or three of them and then resumed."""
-    engine, *lora = request.param.split(" and ")
-    flags = [*FOUR_STEPS, *(["--lora_rank", 4] if lora else [])]
-    straight = launch(launcher(engine), *flags, prompts=["a red cat", "a boat", "a dog"])
-
-    resumed = tmp_path_factory.mktemp("killed")
-    process = start(launcher(engine).split(), resumed, *flags, prompts=["a red cat", "a boat", "a dog"])
-    wait_for(lambda: (resumed / "checkpoint-2").exists(), process)
-    kill(process)
-    assert not (resumed / "README.md").exists(), "it was killed before its end"
-    shutil.rmtree(resumed / "checkpoint-4", ignore_errors=True)
-    more = [*flags, "--resume_from_checkpoint", "latest"]
-    launch(launcher(engine), *more, output_dir=resumed, prompts=["a red cat", "a boat", "a dog"])
-    return SimpleNamespace(engine=engine, lora=bool(lora), straight=straight, resumed=resumed)
-
-
-def test_a_run_paints_saves_and_ends(runs):
-    assert checkpoints(runs.straight) == ["checkpoint-2", "checkpoint-4"]
-    assert len([*(runs.straight / "images").rglob("*.png")]) == 9
-    assert [row["step"] for row in load_history(runs.straight, 4)] == [0, 1, 2, 2, 3, 4, 4]
-    assert "Total train batch size (w. parallel, distributed & accumulation) = 2" in read_log(runs.straight)
-
-
-def test_a_killed_run_goes_on_as_if_it_had_not_been_killed(runs):
-    assert f"Resumed from {runs.resumed}/checkpoint-2 at step 2" in read_log(runs.resumed)
-    assert same_bits(final_weights(runs.resumed), final_weights(runs.straight))
-    assert repeatable(load_history(runs.resumed, 4)) == repeatable(load_history(runs.straight, 4))
-
-
-def test_an_exported_checkpoint_is_what_the_run_saved(runs, tmp_path):
-    export(parse_export_args([str(runs.straight / "checkpoint-4"), "--output_dir", str(tmp_path / "exported")]))
-    assert same_bits(final_weights(tmp_path / "exported"), final_weights(runs.straight))
-
-
-def test_an_export_of_an_earlier_checkpoint_has_its_weights(runs, tmp_path):
-    export(parse_export_args([str(runs.straight / "checkpoint-2"), "--output_dir", str(tmp_path / "exported")]))
-    assert not same_bits(final_weights(tmp_path / "exported"), final_weights(runs.straight))
-    if not runs.lora:
-        WanTransformer3DModel.from_pretrained(tmp_path / "exported", subfolder="transformer_2")
-
-
 @pytest.fixture(scope="module", params=RUNS)
 def runs(request, launch, start, tmp_path_factory):
     """Of one engine: a run of four updates, and one that was killed after two or three of them and then resumed."""

@@ -149,7 +149,14 @@ def test_the_rows_of_the_readme_are_what_the_script_prints(capsys):
         assert float(gpu) <= memory
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("accelerate_configs/*[!u].yaml")), ids=lambda path: path.stem)
+MEASURED_APART = ("a100_40gb", "rtx4090_lora", "rtx6000pro")  # with other flags than all others, which takes a while
+CONFIGURATIONS = [
+    pytest.param(path, id=path.stem, marks=pytest.mark.slow if path.stem in MEASURED_APART else ())
+    for path in sorted(ROOT.glob("accelerate_configs/*[!u].yaml"))
+]
+
+
+@pytest.mark.parametrize("path", CONFIGURATIONS)
 def test_the_comments_of_the_configurations_are_true(path):
     lines = path.read_text().splitlines()
     comment = " ".join(line[2:] for line in lines if line.startswith("# "))

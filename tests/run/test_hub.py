@@ -217,21 +217,25 @@ def loaded(command, train, tiny_model, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_repository_of_a_launched_run_is_its_output_folder(loaded):
     shutil.rmtree(loaded / "loaded/fox/.cache")  # of the download
     assert content(loaded / "loaded/fox") == content(loaded / "fox")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 2])
 def test_every_push_holds_the_expert_of_its_checkpoint(loaded, step):
     weights = load_file(loaded / f"loaded/{step:040x}.safetensors")
     assert same_bits(weights, load_file(loaded / f"fox/checkpoint-{step}/model.safetensors"))
 
 
+@pytest.mark.slow
 def test_the_last_push_holds_the_expert_of_the_output_folder(loaded):
     assert same_bits(load_file(loaded / f"loaded/{2:040x}.safetensors"), load_weights(loaded / "fox"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["pipeline", "expert"])
 def test_a_pushed_lora_loads_into_a_pipeline_and_into_an_expert(loaded, tiny_model, way):
     weights, lora = load_file(loaded / f"loaded/{way}.safetensors"), load_file(loaded / "lora" / LORA)
