@@ -2,7 +2,7 @@
 
 import pytest
 from datasets import load_from_disk
-from helpers import TWO_PROCESSES, BOUNDARY_FLAGS, CAPTIONS, PROMPTS, embed_flags, run_launcher, run_embed_prompts
+from helpers import BOUNDARY_FLAGS, CAPTIONS, PROMPTS, TWO_PROCESSES, embed_flags, run_embed_prompts, run_launcher
 
 
 @pytest.fixture
@@ -19,6 +19,7 @@ def embed_on_two_processes(tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_dataset_as_one(embed_on_two_processes, text_model, prompts, tmp_path):
     flags = ["--batch_size", "2"]
     one = run_embed_prompts(text_model, prompts, tmp_path / "one", *flags)

@@ -1,24 +1,22 @@
 """A run on two processes: with ZeRO-2, and as plain data parallelism, computes what one process computes."""
 
-import json
-import math
-import re
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-import numpy as np
 import pytest
 import torch
-from helpers import CAPTIONS, TWO_RANKS, checkpoints, distance, file_hashes, gradient_descent, load_history, load_weights, logged, read_log, read_scores, repeatable, same_bits
-from datasets import load_from_disk
-from huggingface_hub import ModelCard
-from PIL import Image
-from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from diffusers import WanPipeline, WanTransformer3DModel
-from train_srpo_wan_t2i import NEGATIVE_WORDS, POSITIVE_WORDS, VALIDATION, CLIPReward, ModelInfo, make_generator, save_model_card
-from helpers import TWO_PROCESSES, TRAINING_SCALARS, VALIDATION_SCALARS, load_events
+from helpers import (
+    TRAINING_SCALARS,
+    TWO_PROCESSES,
+    TWO_RANKS,
+    VALIDATION_SCALARS,
+    distance,
+    gradient_descent,
+    load_events,
+    load_history,
+    load_weights,
+    logged,
+    read_log,
+)
+
+from diffusers import WanTransformer3DModel
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +82,9 @@ def test_a_batch_of_4_is_a_batch_of_2_accumulated_twice(train, batch_of_4, tiny_
 
 
 def test_a_batch_of_4_is_one_caption_accumulated_twice_on_two_processes(launch, batch_of_4, tiny_model):
-    # `--cpu --num_processes 2` would start one process unless there is MPI; this way there are two, on the CPU.
-    launcher = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
-    launcher += " --main_process_port 0"
     flags = ["--train_batch_size", 1, "--gradient_accumulation_steps", 2, "--noise", "per_sample"]
-    two = launch(launcher, *flags, *EQUAL_BATCHES, environment={"ACCELERATE_USE_CPU": "true"})
+    two = launch(
+        f"{TWO_PROCESSES} --mixed_precision no", *flags, *EQUAL_BATCHES, environment={"ACCELERATE_USE_CPU": "true"}
+    )
     assert "DistributedType.MULTI_CPU" in read_log(two) and "Num processes: 2" in read_log(two)
     assert_same_step(two, batch_of_4["per_sample"], tiny_model)

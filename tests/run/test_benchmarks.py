@@ -1,24 +1,12 @@
 """The benchmarks run and write what README.md and benchmarks/RESULTS.md are made of; here at the smallest size."""
 
-import json
-import os
-import subprocess
-import sys
-import pytest
-from helpers import ROOT
 import importlib
-import inspect
-import signal
-from contextlib import ExitStack
+import json
+import sys
+
+import pytest
 import torch
-from accelerate import Accelerator
-from helpers import CAPTIONS, ROOT, checkpoints, distance, gradient_descent, load_history, load_weights, logged, repeatable, same_bits
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
-import train_srpo_wan_t2i
-from train_srpo_wan_t2i import RewardModel, SampleSampler, make_optimizer
-from helpers import run_command
+from helpers import ROOT, distance, gradient_descent, load_weights, run_command
 
 
 @pytest.fixture(scope="module")
@@ -26,19 +14,19 @@ def step_time(tmp_path_factory):
     """What benchmarks/step_time.py writes."""
     folder = tmp_path_factory.mktemp("benchmarks")
     size = "--num_heads 1 --num_layers 1 --size 64 --train_batch_size 1 --rounds 1".split()
-    command = [sys.executable, "benchmarks/step_time.py", "--output_dir", folder, *size]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = run_command(sys.executable, "benchmarks/step_time.py", "--output_dir", folder, *size)
     assert done.returncode == 0, done.stderr
     return json.loads((folder / "step_time.json").read_text())
 
 
+@pytest.mark.slow
 def test_forwards_of_an_update(step_time):
     """Guidance doubles the steps of a rollout, both branches follow, and four updates share a fast rollout."""
     forwards = {name: step_time[name]["forwards"] for name in ("plain", "default", "fast")}
     assert forwards == {"plain": 25 * 2 + 2, "default": 10 * 2 + 2, "fast": 8 * 2 / 4 + 2}
 
 
+@pytest.mark.slow
 def test_fewer_flop_than_the_plain_loop(step_time):
     assert step_time["flop_ratio_fast"] > step_time["flop_ratio_default"] > 1.1  # the VAE is most of it at this size
     for name in ("default", "fast"):
@@ -46,6 +34,7 @@ def test_fewer_flop_than_the_plain_loop(step_time):
         assert step_time[f"flop_ratio_{name}"] == pytest.approx(ratio)
 
 
+@pytest.mark.slow
 def test_the_stations_add_up_to_the_step(step_time):
     for name in ("plain", "default", "fast"):
         shares = step_time[name]["shares"]

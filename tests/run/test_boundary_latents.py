@@ -1,31 +1,26 @@
 """`embed_prompts.py --boundary_latents`: what the high-noise expert paints, and what is refused."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
-from functools import partial
 from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from helpers import CAPTIONS, MINIATURE, ROOT, distance, load_weights, logged, run_in_process
-from datasets import DatasetDict, concatenate_datasets, load_from_disk
-from miniature.drawings import captions as drawing_captions
-from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from datasets import DatasetDict, load_from_disk
+from helpers import CAPTIONS, SMALL, embed_flags
+
+from diffusers import WanTransformer3DModel
+
 import embed_prompts
-import train_srpo_wan_t2i
-from train_srpo_wan_t2i import collate_fn, load_prompt_dataset, make_scheduler, make_starts, predict_velocity, rollout
-from helpers import SMALL, BOUNDARY_FLAGS, embed_flags
 
 
 # ---- What is written. -----------------------------------------------------------------------------------------------
 
 
-def test_the_columns_of_the_boundary(small):
-    train = load_from_disk(small)["train"]
+def test_the_columns_of_the_boundary(boundary_dataset):
+    train = load_from_disk(boundary_dataset)["train"]
     assert train["caption"] == CAPTIONS
     for row in train.with_format("numpy"):
         assert row["boundary_latents"].shape == (3, 4, 1, 4, 4)
@@ -41,20 +36,20 @@ def test_the_columns_of_the_boundary(small):
         }
 
 
-def test_images_that_are_not_square(paint, tiny_model):
+def test_images_that_are_not_square(embed, tiny_model):
     flags = ["--boundary_latents", 1, "--height", 32, "--width", 48, "--sampling_steps", 2, "--rollout_shift", 2]
-    (row,) = load_from_disk(paint(tiny_model, ["a cat"], *flags))["train"].with_format("numpy")
+    (row,) = load_from_disk(embed(tiny_model, ["a cat"], *flags))["train"].with_format("numpy")
     assert row["boundary_latents"].shape == (1, 4, 1, 4, 6)
     settings = json.loads(row["boundary_settings"])
     assert (settings["height"], settings["width"], settings["rollout_shift"]) == (32, 48, 2.0)
 
 
 @pytest.mark.parametrize("name", ["euler", "unipc"])
-def test_in_bf16_latents_of_float32_come_near_those_of_fp32(paint, tiny_model, name):
+def test_in_bf16_latents_of_float32_come_near_those_of_fp32(embed, tiny_model, name):
     """As in training, the expert may compute in bf16, but between steps nothing is rounded to it."""
     flags = ["--height", 32, "--width", 32, "--boundary_latents", 1, "--rollout_scheduler", name]
     half, full = (
-        load_from_disk(paint(tiny_model, CAPTIONS, *flags, "--dtype", dtype))["train"].with_format("torch")
+        load_from_disk(embed(tiny_model, CAPTIONS, *flags, "--dtype", dtype))["train"].with_format("torch")
         for dtype in ("bf16", "fp32")
     )
     half, full = half["boundary_latents"][:], full["boundary_latents"][:]
@@ -63,21 +58,21 @@ def test_in_bf16_latents_of_float32_come_near_those_of_fp32(paint, tiny_model, n
     torch.testing.assert_close(half, full, rtol=0, atol=0.05)
 
 
-def test_every_caption_and_every_seed_has_latents_of_its_own(small):
-    latents = load_from_disk(small)["train"].with_format("numpy")["boundary_latents"][:]
+def test_every_caption_and_every_seed_has_latents_of_its_own(boundary_dataset):
+    latents = load_from_disk(boundary_dataset)["train"].with_format("numpy")["boundary_latents"][:]
     assert len(np.unique(np.reshape(latents, (18, -1)), axis=0)) == 18
 
 
-def test_the_next_seeds_go_on_where_the_first_end(small, paint, tiny_model):
-    more = paint(tiny_model, CAPTIONS, *SMALL, "--boundary_latents", 1, "--seed", 9, "--batch_size", 4)
-    first, second = (load_from_disk(folder)["train"].with_format("numpy") for folder in (small, more))
+def test_the_next_seeds_go_on_where_the_first_end(boundary_dataset, embed, tiny_model):
+    more = embed(tiny_model, CAPTIONS, *SMALL, "--boundary_latents", 1, "--seed", 9, "--batch_size", 4)
+    first, second = (load_from_disk(folder)["train"].with_format("numpy") for folder in (boundary_dataset, more))
     for row, other in zip(first, second, strict=True):
         assert other["boundary_seeds"].tolist() == [9]
         assert np.array_equal(row["boundary_latents"][2], other["boundary_latents"][0])
 
 
-def test_the_other_columns_are_those_without_boundary_latents(small, paint, tiny_model):
-    dataset, plain = load_from_disk(small), load_from_disk(paint(tiny_model, CAPTIONS, "--batch_size", 4))
+def test_the_other_columns_are_those_without_boundary_latents(boundary_dataset, embed, tiny_model):
+    dataset, plain = load_from_disk(boundary_dataset), load_from_disk(embed(tiny_model, CAPTIONS, "--batch_size", 4))
     assert set(dataset["train"].column_names) - set(plain["train"].column_names) == {
         "boundary_latents",
         "boundary_seeds",
@@ -89,15 +84,15 @@ def test_the_other_columns_are_those_without_boundary_latents(small, paint, tiny
         assert columns.to_dict() == plain[split].to_dict()
 
 
-def test_the_negative_prompt_has_the_columns_and_nothing_in_them(small):
-    dataset = load_from_disk(small)
+def test_the_negative_prompt_has_the_columns_and_nothing_in_them(boundary_dataset):
+    dataset = load_from_disk(boundary_dataset)
     assert dataset["negative"].features == dataset["train"].features
     (row,) = dataset["negative"]
     assert row["boundary_latents"] is row["boundary_seeds"] is row["boundary_settings"] is None
 
 
-def test_both_splits_survive_parquet_as_on_the_hub(small, tmp_path):
-    dataset = load_from_disk(small)
+def test_both_splits_survive_parquet_as_on_the_hub(boundary_dataset, tmp_path):
+    dataset = load_from_disk(boundary_dataset)
     for split, rows in dataset.items():
         rows.to_parquet(tmp_path / f"{split}.parquet")
         read = DatasetDict.from_parquet({split: str(tmp_path / f"{split}.parquet")}, cache_dir=str(tmp_path / "cache"))
@@ -105,29 +100,29 @@ def test_both_splits_survive_parquet_as_on_the_hub(small, tmp_path):
         assert read[split].to_dict() == rows.to_dict()
 
 
-def test_the_last_message_tells_the_number_of_latents(paint, tiny_model, caplog):
+def test_the_last_message_tells_the_number_of_latents(embed, tiny_model, caplog):
     with caplog.at_level("INFO"):
-        paint(tiny_model, ["a cat"], *SMALL, "--boundary_latents", 2)
+        embed(tiny_model, ["a cat"], *SMALL, "--boundary_latents", 2)
     assert "Boundary latents = 2 for each caption" in caplog.text
 
 
-def test_group_offload_paints_the_same(small, paint, tiny_model, monkeypatch):
+def test_group_offload_paints_the_same(boundary_dataset, embed, tiny_model, monkeypatch):
     calls, enable = [], WanTransformer3DModel.enable_group_offload
     monkeypatch.setattr(
         WanTransformer3DModel, "enable_group_offload", lambda *args, **kwargs: calls.append(enable(*args, **kwargs))
     )
     flags = ["--boundary_latents", 3, "--seed", 7, "--batch_size", 4, "--group_offload"]
-    offloaded = load_from_disk(paint(tiny_model, CAPTIONS, *SMALL, *flags))
+    offloaded = load_from_disk(embed(tiny_model, CAPTIONS, *SMALL, *flags))
     assert len(calls) == 1
-    assert offloaded["train"].to_dict() == load_from_disk(small)["train"].to_dict()
+    assert offloaded["train"].to_dict() == load_from_disk(boundary_dataset)["train"].to_dict()
 
 
-def test_the_low_noise_expert_is_not_needed(small, paint, tiny_model, tmp_path):
+def test_the_low_noise_expert_is_not_needed(boundary_dataset, embed, tiny_model, tmp_path):
     half = Path(shutil.copytree(tiny_model, tmp_path / "half"))
     shutil.rmtree(half / "transformer_2")
     flags = ["--boundary_latents", 3, "--seed", 7, "--batch_size", 4]
-    found = load_from_disk(paint(half, CAPTIONS, *SMALL, *flags))["train"].with_format("numpy")["boundary_latents"]
-    expected = load_from_disk(small)["train"].with_format("numpy")["boundary_latents"]
+    found = load_from_disk(embed(half, CAPTIONS, *SMALL, *flags))["train"].with_format("numpy")["boundary_latents"]
+    expected = load_from_disk(boundary_dataset)["train"].with_format("numpy")["boundary_latents"]
     assert np.array_equal(np.stack(found[:]), np.stack(expected[:]))
 
 
@@ -135,17 +130,13 @@ def test_the_low_noise_expert_is_not_needed(small, paint, tiny_model, tmp_path):
 
 
 @pytest.fixture
-def refusal(tmp_path, monkeypatch):
+def refusal(no_loading, tmp_path):
     """Function: a model and flags that must be refused -> the message: one line, and nothing loaded or written."""
 
-    def fail(*args, **kwargs):
-        pytest.fail("a model was loaded before the input was checked")
-
-    monkeypatch.setattr(WanPipeline, "from_pretrained", fail)
     (tmp_path / "captions.txt").write_text("a cat")
 
     def refuse(model, *flags):
-        command = arguments(model, tmp_path / "captions.txt", tmp_path / "output", *flags)
+        command = embed_flags(model, tmp_path / "captions.txt", tmp_path / "output", *flags)
         with pytest.raises(SystemExit) as caught:
             embed_prompts.main(embed_prompts.parse_args(command))
         assert [path.name for path in tmp_path.iterdir()] == ["captions.txt"]
@@ -188,10 +179,10 @@ def test_boundary_latents_of_a_model_without_the_high_noise_expert(refusal, tiny
     assert message.startswith(f"`--pretrained_model_name_or_path` {half} could not be read: ")
 
 
-def test_weights_of_the_high_noise_expert_that_are_missing(paint, tiny_model, tmp_path):
+def test_weights_of_the_high_noise_expert_that_are_missing(embed, tiny_model, tmp_path):
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     (model / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(SystemExit) as caught:
-        paint(model, ["a cat"], *SMALL, "--boundary_latents", 1)
+        embed(model, ["a cat"], *SMALL, "--boundary_latents", 1)
     assert caught.value.code.startswith(f"`--pretrained_model_name_or_path` {model} could not be loaded: ")
     assert "\n" not in caught.value.code

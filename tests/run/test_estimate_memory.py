@@ -2,19 +2,13 @@
 
 import re
 import shutil
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from unittest import mock
+
 import estimate_memory
 import pytest
 import torch
 import yaml
-from estimate_memory import GPU, HOST, MEASURED_LAYERS, Launch, StorageTracker, estimate, main, make_transformer, parse_args, read_launch, run_phases
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.profiler import profile
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
-from train_srpo_wan_t2i import Branch, ModelInfo, RewardModel, graded_pass, predict_velocity, read_model_info
+from estimate_memory import GPU, HOST, Launch, estimate, main, parse_args, read_launch
 from helpers import ROOT
 
 
@@ -125,6 +119,7 @@ def test_under_zero3_the_vector_of_weights_is_page_locked_in_any_case():
     assert gigabytes("rtx4090")["training"]["parameters"] == pytest.approx(2**35 / 1e9 + 43.7, abs=0.1)
 
 
+@pytest.mark.slow
 def test_adamw_8bit_and_fp8_save_what_they_promise():
     parts = rounded(gigabytes("rtx6000pro", "--optimizer", "adamw_8bit")["step"])
     assert parts["optimizer"] == 29.02  # 2 bytes of states and 8 / 256 of scales x 14.29 billion
@@ -138,6 +133,7 @@ def readme_rows():
     return [line for line in section.splitlines() if line.startswith("|") and "computed" in line]
 
 
+@pytest.mark.slow
 def test_the_rows_of_the_readme_are_what_the_script_prints(capsys):
     rows = readme_rows()
     assert len(rows) == 12

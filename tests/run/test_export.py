@@ -4,20 +4,19 @@ incomplete or in the way is refused in one line, and nothing is written.
 """
 
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
+
 import pytest
 import torch
-from helpers import ROOT, file_hashes, load_weights, same_bits
 from export_checkpoint import main, parse_args
+from helpers import LORA, ROOT, TWO_PROCESSES, edit_json, file_hashes, load_weights, run_command, same_bits
 from safetensors import safe_open
 from safetensors.torch import load_file
+
 from diffusers import WanPipeline, WanTransformer3DModel
-from helpers import TWO_PROCESSES, run_command, edit_json
 
 
 def export(checkpoint, output_dir):
@@ -49,12 +48,12 @@ def read_result(output_dir):
     scope="module",
     params=[
         "one process",
-        "one process, bf16",
-        "one process, bf16, --optimizer adamw_8bit",
-        f"one process, {LORA}",
-        f"one process, bf16, {LORA}",
-        "two processes",
-        f"two processes, bf16, {LORA}",
+        pytest.param("one process, bf16", marks=pytest.mark.slow),
+        pytest.param("one process, bf16, --optimizer adamw_8bit", marks=pytest.mark.slow),
+        pytest.param("one process, --lora_rank 4 --lora_alpha 8", marks=pytest.mark.slow),
+        "one process, bf16, --lora_rank 4 --lora_alpha 8",
+        pytest.param("two processes", marks=pytest.mark.slow),
+        pytest.param("two processes, bf16, --lora_rank 4 --lora_alpha 8", marks=pytest.mark.slow),
     ],
 )
 def run(request, train, launch):
@@ -98,7 +97,7 @@ def test_diffusers_loads_an_exported_expert(plain_run, tmp_path):
 
 
 def test_diffusers_loads_an_exported_lora(train, tiny_model, tmp_path):
-    folder = train(*LORA.split())
+    folder = train(*LORA)
     pipe = WanPipeline.from_pretrained(tiny_model)
     pipe.load_lora_weights(export(folder / "checkpoint-2", tmp_path), load_into_transformer_2=True)
     config = pipe.transformer_2.peft_config["default_0"]
@@ -119,16 +118,20 @@ def test_a_run_in_bf16_is_exported_in_bf16(train, tmp_path):
 # ---- As a command. --------------------------------------------------------------------------------------------------
 
 
+SCRIPT = [sys.executable, ROOT / "scripts/export_checkpoint.py"]
+
+
 def test_the_command_works_in_any_folder_and_says_what_it_wrote(plain_run, tmp_path):
     shutil.copytree(plain_run / "checkpoint-2", tmp_path / "checkpoint-2")
-    done = run_command(tmp_path, "checkpoint-2", "--output_dir", "exported")
+    done = run_command(*SCRIPT, "checkpoint-2", "--output_dir", "exported", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "Wrote exported/transformer_2, the weights after 2 updates."
     assert read_result(tmp_path / "exported") == read_result(plain_run)
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_the_message_and_without_a_traceback(tmp_path):
-    done = run_command(tmp_path, "nothing", "--output_dir", "exported")
+    done = run_command(*SCRIPT, "nothing", "--output_dir", "exported", cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: `nothing` is not a complete checkpoint")
     assert "Traceback" not in done.stderr
@@ -186,7 +189,7 @@ def test_a_checkpoint_of_a_version_that_wrote_less(refusal, checkpoint, name):
 
 
 def test_a_checkpoint_that_does_not_say_its_engine(refusal, checkpoint):
-    edit_state(checkpoint, run={})
+    edit_json(checkpoint / "trainer_state.json", run={})
     assert_names_the_incomplete(refusal(checkpoint), checkpoint)
 
 
@@ -202,13 +205,13 @@ def test_a_checkpoint_whose_weights_are_cut_off(refusal, checkpoint):
 
 
 def test_a_checkpoint_of_zero_without_any_shard(refusal, checkpoint):
-    edit_state(checkpoint, run={"engine": "ZeRO-2"})
+    edit_json(checkpoint / "trainer_state.json", run={"engine": "ZeRO-2"})
     assert refusal(checkpoint).startswith(f"`{checkpoint}` lacks files, or cannot be read: ")
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_checkpoint_of_zero_without_the_shard_of_one_process(refusal, checkpoint, stage):
-    edit_state(checkpoint, run={"engine": f"ZeRO-{stage}"})
+    edit_json(checkpoint / "trainer_state.json", run={"engine": f"ZeRO-{stage}"})
     (checkpoint / "pytorch_model").mkdir()
     model = {"buffer_names": [], "module": {}, "param_shapes": [], "shared_params": {}}
     torch.save(model, checkpoint / "pytorch_model/zero_pp_rank_0_mp_rank_00_model_states.pt")

@@ -1,24 +1,13 @@
 """Every flag has its effect."""
 
 import json
-import math
-import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
-import numpy as np
+
 import pytest
 import torch
-from helpers import CAPTIONS, TWO_RANKS, checkpoints, distance, file_hashes, gradient_descent, load_history, load_weights, logged, read_log, read_scores, repeatable, same_bits
-from datasets import load_from_disk
-from huggingface_hub import ModelCard
-from PIL import Image
+from helpers import checkpoints, distance, gradient_descent, load_history, load_weights, logged, repeatable, same_bits
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from diffusers import WanPipeline, WanTransformer3DModel
-from train_srpo_wan_t2i import NEGATIVE_WORDS, POSITIVE_WORDS, VALIDATION, CLIPReward, ModelInfo, make_generator, save_model_card
-from helpers import load_state
 
 
 def test_the_same_seed_gives_the_same_bits(train, plain_run):

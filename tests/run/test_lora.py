@@ -1,22 +1,30 @@
 """Training a LoRA beside the weights: what is trained, what drops out, what is saved and how it is loaded."""
 
-import re
 import shutil
-from contextlib import contextmanager
-from pathlib import Path
-from typing import NamedTuple
+
 import numpy as np
 import pytest
 import torch
-from helpers import CAPTIONS, checkpoints, distance, file_hashes, gradient_descent, load_history, load_weights, logged, read_log, read_scores, repeatable, same_bits
 from datasets import load_from_disk
+from helpers import (
+    LORA,
+    load_lora,
+    load_state,
+    load_weights,
+    logged,
+    read_log,
+    read_scores,
+    same_bits,
+    use_card,
+    watch_transformer,
+)
 from huggingface_hub import ModelCard
 from PIL import Image
-from safetensors.torch import load_file
 from torch.nn.modules.module import register_module_forward_hook
-from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+
+from diffusers import WanPipeline
+
 from train_srpo_wan_t2i import VALIDATION, make_generator
-from helpers import LORA, load_lora, load_state, watch_transformer
 
 
 ATTENTION = [f"blocks.{block}.attn{kind}.{name}" for block in (0, 1) for kind in (1, 2) for name in
@@ -107,16 +115,6 @@ def test_a_full_run_that_overwrites_a_lora_run_leaves_no_lora(train, lora_run, t
 # ---- The card. ------------------------------------------------------------------------------------------------------
 
 
-def use_card(output_dir, folder, monkeypatch):
-    """Runs the code of the card in `folder`, on the CPU, and returns its variables."""
-    code = re.search(r"```python\n(.*?)```", ModelCard.load(output_dir / "README.md").text, re.DOTALL).group(1)
-    monkeypatch.chdir(folder)
-    variables = {}
-    code = code.replace(f'"{output_dir.name}"', f'"{output_dir}"').replace('.to("cuda")', '.to("cpu")')
-    exec(compile(code, "README.md", "exec"), variables)
-    return variables
-
-
 def test_the_card_of_a_lora_says_how_to_load_it(lora_run, tiny_model, tmp_path, monkeypatch):
     text = (lora_run / "README.md").read_text()
     assert "A LoRA of rank 4 for `transformer_2`" in text
@@ -190,7 +188,14 @@ def test_a_lora_without_alpha_has_a_scale_of_1(train, tiny_model):
     assert pipe.transformer_2.blocks[0].attn1.to_q.scaling == {"default_0": 1.0}
 
 
-@pytest.mark.parametrize("flags", ["", "--lora_dropout 0.5", "--base_weights fp8"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param("", marks=pytest.mark.slow),
+        pytest.param("--lora_dropout 0.5", marks=pytest.mark.slow),
+        "--base_weights fp8",
+    ],
+)
 def test_gradient_checkpointing_gives_the_same_lora(train, flags):
     runs = [train(*LORA, *flags.split(), *more) for more in ([], ["--gradient_checkpointing"])]
     torch.testing.assert_close(load_lora(runs[0]), load_lora(runs[1]), rtol=0, atol=1e-6)

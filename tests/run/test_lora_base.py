@@ -2,21 +2,26 @@
 
 import re
 import shutil
-from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
-import numpy as np
+
 import pytest
 import torch
-from helpers import CAPTIONS, checkpoints, distance, file_hashes, gradient_descent, load_history, load_weights, logged, read_log, read_scores, repeatable, same_bits
-from datasets import load_from_disk
-from huggingface_hub import ModelCard
-from PIL import Image
-from safetensors.torch import load_file
-from torch.nn.modules.module import register_module_forward_hook
-from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
-from train_srpo_wan_t2i import VALIDATION, make_generator
-from helpers import LORA, load_lora, load_state, watch_transformer
+from helpers import (
+    LORA,
+    distance,
+    gradient_descent,
+    load_history,
+    load_lora,
+    load_state,
+    load_weights,
+    logged,
+    repeatable,
+    same_bits,
+    use_card,
+    watch_transformer,
+)
+
+from diffusers import WanTransformer3DModel
 
 
 ATTENTION = [f"blocks.{block}.attn{kind}.{name}" for block in (0, 1) for kind in (1, 2) for name in
@@ -95,7 +100,13 @@ def test_the_card_of_a_merged_lora_loads_transformer_2(merged_run, tmp_path, mon
 # ---- In float8 and in bfloat16. -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mixed_precision, compute_dtype", [("no", torch.float32), ("bf16", torch.bfloat16)])
+PRECISIONS = pytest.mark.parametrize(
+    "mixed_precision, compute_dtype",
+    [pytest.param("no", torch.float32, marks=pytest.mark.slow), ("bf16", torch.bfloat16)],
+)
+
+
+@PRECISIONS
 def test_fp8_stores_the_linear_layers_of_the_blocks_and_nothing_else(train, mixed_precision, compute_dtype):
     with watch_transformer() as passes:
         train(*FP8, mixed_precision=mixed_precision)
@@ -111,7 +122,7 @@ def test_fp8_stores_the_linear_layers_of_the_blocks_and_nothing_else(train, mixe
         assert others == {torch.float32, compute_dtype}, "diffusers keeps some layers in float32"
 
 
-@pytest.mark.parametrize("mixed_precision, compute_dtype", [("no", torch.float32), ("bf16", torch.bfloat16)])
+@PRECISIONS
 def test_fp8_trains_what_a_base_rounded_to_fp8_and_back_trains(
     train, tiny_model, tmp_path, mixed_precision, compute_dtype
 ):
@@ -127,7 +138,7 @@ def test_fp8_trains_what_a_base_rounded_to_fp8_and_back_trains(
     assert same_bits(load_lora(fp8), load_lora(rounded))
 
 
-@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+@pytest.mark.parametrize("mixed_precision", [pytest.param("no", marks=pytest.mark.slow), "bf16"])
 def test_fp8_gives_nearly_the_loss_and_the_gradient_of_the_precision_of_the_run(train, mixed_precision):
     # An update is minus the gradient.
     flags = [*gradient_descent(1), "--checkpointing_steps", 1, "--rollout_scheduler", "euler"]

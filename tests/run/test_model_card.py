@@ -1,27 +1,23 @@
 """The model card: its header, how to use what was trained, and what it says of settings and results."""
 
-import json
-import math
 import re
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-import numpy as np
+
 import pytest
-import torch
-from helpers import CAPTIONS, TWO_RANKS, checkpoints, distance, file_hashes, gradient_descent, load_history, load_weights, logged, read_log, read_scores, repeatable, same_bits
-from datasets import load_from_disk
+from helpers import logged
 from huggingface_hub import ModelCard
-from PIL import Image
-from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from diffusers import WanPipeline, WanTransformer3DModel
-from train_srpo_wan_t2i import NEGATIVE_WORDS, POSITIVE_WORDS, VALIDATION, CLIPReward, ModelInfo, make_generator, save_model_card
+
+from train_srpo_wan_t2i import ModelInfo, save_model_card
 
 
-def test_the_header_of_the_card_names_no_folder_as_base_model(cpu_run):
-    data = ModelCard.load(cpu_run[0] / "README.md").data
+@pytest.fixture(scope="module")
+def trained(train):
+    """The output folder of three updates with validation."""
+    flags = "--max_train_steps 3 --validation_steps 3 --learning_rate 0.01 --hub_token hf_secret"
+    return train(*flags.split(), "--checkpointing_steps", 3, prompts=None)
+
+
+def test_the_header_of_the_card_names_no_folder_as_base_model(trained):
+    data = ModelCard.load(trained / "README.md").data
     assert data.base_model is None
     assert data.library_name == "diffusers"
     assert data.license == "apache-2.0"
@@ -36,19 +32,18 @@ def test_the_header_of_the_card_names_a_base_model_of_the_hub(make_args, tmp_pat
     assert ModelCard.load(tmp_path / "README.md").data.base_model == "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
 
 
-def test_the_card_says_how_to_use_the_expert(cpu_run, tiny_model):
-    text = ModelCard.load(cpu_run[0] / "README.md").text
+def test_the_card_says_how_to_use_the_expert(trained, tiny_model):
+    text = ModelCard.load(trained / "README.md").text
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1)
     compile(code, "README.md", "exec")
-    assert f'WanTransformer3DModel.from_pretrained("{cpu_run[0].name}", subfolder="transformer_2"' in code
+    assert f'WanTransformer3DModel.from_pretrained("{trained.name}", subfolder="transformer_2"' in code
     assert f'"{tiny_model}", transformer=None, transformer_2=expert, boundary_ratio=1.0' in code
     for setting in ("num_frames=1", "height=32", "num_inference_steps=40", "guidance_scale=3.0"):
         assert setting in code
 
 
-def test_the_card_names_settings_results_and_sources(cpu_run):
-    output_dir, _ = cpu_run
-    text = (output_dir / "README.md").read_text()
+def test_the_card_names_settings_results_and_sources(trained):
+    text = (trained / "README.md").read_text()
     for line in (
         "| `--learning_rate` | 0.01 |",
         "| `--max_train_steps` | 3 |",
@@ -61,6 +56,6 @@ def test_the_card_names_settings_results_and_sources(cpu_run):
         "3 updates",
     ):
         assert line in text
-    rewards = logged(output_dir, "validation_relative", step=3)
+    rewards = logged(trained, "validation_relative", step=3)
     assert f"{rewards[0]:.4f} -> {rewards[-1]:.4f}" in text
     assert "TODO" not in text and "hub_token" not in text

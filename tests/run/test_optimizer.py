@@ -1,15 +1,12 @@
 """`--optimizer adamw_8bit`: AdamW with states of 8 bits, and bfloat16 weights that are rounded stochastically."""
 
-import importlib.util
 import re
 import shutil
 from pathlib import Path
+
 import pytest
 import torch
-from helpers import distance, load_history, load_weights, logged, repeatable, same_bits
-from safetensors.torch import load_file
-from diffusers import WanTransformer3DModel
-from helpers import load_state, make_transformer
+from helpers import distance, load_history, load_state, load_weights, logged, make_transformer, repeatable, same_bits
 
 
 EIGHT_BIT = ["--optimizer", "adamw_8bit"]
@@ -20,17 +17,8 @@ def wide_model(tiny_model, tmp_path_factory):
     """The tiny model with a wider expert: torchao keeps the states of tensors below 4096 elements in full."""
     model = Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("wide") / "model"))
     torch.manual_seed(3)
-    WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=4,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=4,
-        text_dim=16,
-        freq_dim=16,
-        ffn_dim=128,
-        num_layers=2,
-    ).save_pretrained(model / "transformer_2")
+    transformer = make_transformer(num_attention_heads=4, attention_head_dim=16, ffn_dim=128)
+    transformer.save_pretrained(model / "transformer_2")
     return model
 
 
@@ -111,8 +99,15 @@ def test_weight_decay_shrinks_the_weights(train_wide, wide_model):
     torch.testing.assert_close(decayed, {name: tensor * 0.9025 for name, tensor in base.items()})
 
 
-@pytest.mark.parametrize("flags", ["", "--lora_rank 64 --lora_dropout 0.5"])
-@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+@pytest.mark.parametrize(
+    "flags, mixed_precision",
+    [
+        pytest.param("", "no", marks=pytest.mark.slow),
+        ("", "bf16"),
+        pytest.param("--lora_rank 64 --lora_dropout 0.5", "no", marks=pytest.mark.slow),
+        pytest.param("--lora_rank 64 --lora_dropout 0.5", "bf16", marks=pytest.mark.slow),
+    ],
+)
 def test_two_updates_and_two_more_are_four_bit_for_bit(train_wide, flags, mixed_precision):
     flags, precision = [*EIGHT_BIT, *flags.split()], {"mixed_precision": mixed_precision}
     whole = train_wide(*flags, "--max_train_steps", 4, **precision)
@@ -166,7 +161,7 @@ def test_mixed_precision_keeps_the_states_and_the_weights_small(train_wide):
     assert {tensor.dtype for tensor in load_weights(output_dir).values()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+@pytest.mark.parametrize("mixed_precision", [pytest.param("no", marks=pytest.mark.slow), "bf16"])
 def test_a_lora_is_trained_in_float32(train_wide, mixed_precision):
     runs = [train_wide("--lora_rank", 64, *flags, mixed_precision=mixed_precision) for flags in (EIGHT_BIT, [])]
     eight_bit, full = (load_state(run) for run in runs)

@@ -1,29 +1,10 @@
 """The configurations of Accelerate and DeepSpeed that `train_srpo_wan_t2i.py` refuses."""
 
-import hashlib
 import json
-import logging
-import os
-import re
-import shutil
-import subprocess
-import sys
-from contextlib import contextmanager
-from pathlib import Path
-import huggingface_hub
+
 import pytest
-import torch
 import yaml
-from accelerate.commands.launch import launch_command, launch_command_parser
-from accelerate.state import AcceleratorState
-from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_simple_launcher_cmd_env
-from datasets import Array2D, DatasetDict, Features, load_from_disk
-from safetensors.torch import load_file, save_file
-from transformers import BertConfig, CLIPModel
-from transformers.integrations import unset_hf_deepspeed_config
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from train_srpo_wan_t2i import check_deepspeed, main, parse_args
-from helpers import CPU, ZERO_2, ROOT, launched, edit_json, run_launcher
+from helpers import ENGINES, ROOT, ZERO_2, run_launcher
 
 
 @pytest.fixture
@@ -108,7 +89,7 @@ def test_a_deepspeed_file_with_another_number_than_the_flag(refusal, write_json)
     )
 
 
-@pytest.mark.parametrize("engine", ["zero2", "zero2_bf16", "zero2_offload", "zero3", "zero3_offload"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_adamw_8bit_with_deepspeed(refusal, engine):
     pytest.importorskip("torchao")
     launcher = f"{ZERO_2} --deepspeed_config_file ds_configs/{engine}.json"
@@ -116,7 +97,7 @@ def test_adamw_8bit_with_deepspeed(refusal, engine):
     assert message.startswith("`--optimizer adamw_8bit` needs a configuration without DeepSpeed, ")
 
 
-@pytest.mark.parametrize("engine", ["zero2", "zero2_bf16", "zero2_offload", "zero3", "zero3_offload"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_a_base_in_fp8_with_deepspeed(refusal, engine):
     launcher = f"{ZERO_2} --deepspeed_config_file ds_configs/{engine}.json"
     message = refusal("--lora_rank", 4, "--base_weights", "fp8", launcher=launcher)
@@ -147,22 +128,10 @@ def test_fp16_for_the_launcher_and_bf16_in_the_deepspeed_file(refusal):
     assert "`--mixed_precision` arg cannot be set to `fp16` when `bf16` is set in the DeepSpeed config file" in message
 
 
+@pytest.mark.slow
 def test_a_real_launch_of_two_processes_says_what_is_wrong_with_the_deepspeed_file(make_flags, write_json, tmp_path):
     launcher = f"{write_json(train_batch_size=8)} --num_processes 2"
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            *launcher.split(),
-            "train_srpo_wan_t2i.py",
-            *make_flags(),
-        ],
-        cwd=ROOT,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    done = run_launcher(*launcher.split(), "train_srpo_wan_t2i.py", *make_flags())
     assert done.returncode != 0
     message = (
         "error: The DeepSpeed file says `train_batch_size` 8, but `--train_batch_size` and 2 processes make it 2."

@@ -1,29 +1,15 @@
 """The output folders and the checkpoints to resume from that `train_srpo_wan_t2i.py` refuses."""
 
-import hashlib
 import json
-import logging
-import os
-import re
 import shutil
-import subprocess
-import sys
-from contextlib import contextmanager
 from pathlib import Path
-import huggingface_hub
+
 import pytest
-import torch
-import yaml
-from accelerate.commands.launch import launch_command, launch_command_parser
-from accelerate.state import AcceleratorState
-from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_simple_launcher_cmd_env
-from datasets import Array2D, DatasetDict, Features, load_from_disk
-from safetensors.torch import load_file, save_file
-from transformers import BertConfig, CLIPModel
-from transformers.integrations import unset_hf_deepspeed_config
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from train_srpo_wan_t2i import check_deepspeed, main, parse_args
-from helpers import CPU, ZERO_2, ROOT, launched, edit_json, run_launcher
+from helpers import CPU, ZERO_2, edit_json, launched
+
+from diffusers import AutoencoderKLWan
+
+from train_srpo_wan_t2i import main, parse_args
 
 
 # ---- The output folder. ---------------------------------------------------------------------------------------------

@@ -1,24 +1,16 @@
 """`--rollout_start boundary`: training goes on from stored latents, with the low-noise expert alone."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
-from functools import partial
 from pathlib import Path
-import numpy as np
+
 import pytest
 import torch
-from helpers import CAPTIONS, MINIATURE, ROOT, distance, load_weights, logged, run_in_process
-from datasets import DatasetDict, concatenate_datasets, load_from_disk
-from miniature.drawings import captions as drawing_captions
-from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
-import embed_prompts
+from datasets import concatenate_datasets, load_from_disk
+from helpers import SMALL, distance, draw, load_weights, logged, run_in_process
+
 import train_srpo_wan_t2i
-from train_srpo_wan_t2i import collate_fn, load_prompt_dataset, make_scheduler, make_starts, predict_velocity, rollout
-from helpers import SMALL, draw
 
 
 BOUNDARY = 0.875  # of all models here
@@ -28,8 +20,10 @@ BOUNDARY = 0.875  # of all models here
 
 
 @pytest.mark.parametrize("flags", [[], ["--lora_rank", 2]], ids=["all weights", "LoRA"])
-def test_training_from_the_boundary_needs_the_low_noise_expert_alone(train, small, low_noise_model, flags):
-    output = train("--rollout_start", "boundary", *flags, dataset=small, model=low_noise_model, prompts=["a dog"])
+def test_training_from_the_boundary_needs_the_low_noise_expert_alone(train, boundary_dataset, low_noise_model, flags):
+    output = train(
+        "--rollout_start", "boundary", *flags, dataset=boundary_dataset, model=low_noise_model, prompts=["a dog"]
+    )
     rewards = logged(output, "reward_positive")
     assert len(rewards) == 2
     if not flags:
@@ -37,7 +31,9 @@ def test_training_from_the_boundary_needs_the_low_noise_expert_alone(train, smal
 
 
 @pytest.mark.parametrize("noise", ["shared", "per_sample"])
-def test_a_run_goes_on_from_stored_latents_and_injects_their_noise(train, small, low_noise_model, monkeypatch, noise):
+def test_a_run_goes_on_from_stored_latents_and_injects_their_noise(
+    train, boundary_dataset, low_noise_model, monkeypatch, noise
+):
     rolled, graded = [], []
     roll, grade = train_srpo_wan_t2i.rollout, train_srpo_wan_t2i.graded_pass
 
@@ -53,15 +49,18 @@ def test_a_run_goes_on_from_stored_latents_and_injects_their_noise(train, small,
     monkeypatch.setattr(train_srpo_wan_t2i, "rollout", record_rollout)
     monkeypatch.setattr(train_srpo_wan_t2i, "graded_pass", record_graded_pass)
     flags = ["--rollout_start", "boundary", "--noise", noise, "--train_batch_size", 3]
-    train(*flags, dataset=small, model=low_noise_model)
+    train(*flags, dataset=boundary_dataset, model=low_noise_model)
 
-    stored = {row["caption"]: row["boundary_latents"] for row in load_from_disk(small)["train"].with_format("torch")}
+    stored = {
+        row["caption"]: row["boundary_latents"]
+        for row in load_from_disk(boundary_dataset)["train"].with_format("torch")
+    }
     assert len(rolled) == len(graded) == 2
     for (start, boundary, rolled_x0), (x0, injected, captions) in zip(rolled, graded, strict=True):
         assert boundary == BOUNDARY
         assert torch.equal(rolled_x0, x0)
         for latents, each, caption in zip(start, injected, captions, strict=True):
-            (seed,) = (seed for seed in (7, 8, 9) if torch.equal(each, draw(seed, (4, 1, 4, 4))))
+            (seed,) = (seed for seed in (7, 8, 9) if torch.equal(each, draw(seed, 4, 1, 4, 4)))
             assert torch.equal(latents, stored[caption][seed - 7])
 
 
@@ -69,14 +68,8 @@ def test_a_run_goes_on_from_stored_latents_and_injects_their_noise(train, small,
 
 
 @pytest.fixture
-def train_refusal(command, tmp_path, monkeypatch):
+def train_refusal(command, no_loading, tmp_path):
     """Function: flags and inputs that must be refused -> the message: one line, and nothing loaded or written."""
-
-    def fail(*args, **kwargs):
-        pytest.fail("a model was loaded before the input was checked")
-
-    for model_class in (WanTransformer3DModel, AutoencoderKLWan):
-        monkeypatch.setattr(model_class, "from_pretrained", fail)
 
     def refuse(*flags, **inputs):
         with pytest.raises(SystemExit) as caught:
@@ -94,8 +87,8 @@ def test_a_dataset_without_boundary_latents(train_refusal, tiny_dataset):
     assert message == f"`--dataset_name {tiny_dataset}` {advice}"
 
 
-def test_rows_without_boundary_latents_among_others(train_refusal, small, tiny_dataset, tmp_path):
-    dataset, plain = load_from_disk(small), load_from_disk(tiny_dataset)
+def test_rows_without_boundary_latents_among_others(train_refusal, boundary_dataset, tiny_dataset, tmp_path):
+    dataset, plain = load_from_disk(boundary_dataset), load_from_disk(tiny_dataset)
     dataset["train"] = concatenate_datasets([dataset["train"], plain["train"]])
     dataset.save_to_disk(tmp_path / "mixed")
     message = train_refusal(dataset=tmp_path / "mixed")
@@ -103,12 +96,12 @@ def test_rows_without_boundary_latents_among_others(train_refusal, small, tiny_d
 
 
 @pytest.fixture(scope="module")
-def small_of_shift_5(paint, tiny_model):
-    return paint(tiny_model, ["a cat"], *SMALL, "--boundary_latents", 3, "--rollout_shift", 5)
+def small_of_shift_5(embed, tiny_model):
+    return embed(tiny_model, ["a cat"], *SMALL, "--boundary_latents", 3, "--rollout_shift", 5)
 
 
-def test_rows_of_other_settings_among_others(train_refusal, small, small_of_shift_5, tmp_path):
-    dataset, other = load_from_disk(small), load_from_disk(small_of_shift_5)
+def test_rows_of_other_settings_among_others(train_refusal, boundary_dataset, small_of_shift_5, tmp_path):
+    dataset, other = load_from_disk(boundary_dataset), load_from_disk(small_of_shift_5)
     dataset["train"] = concatenate_datasets([dataset["train"], other["train"]])
     dataset.save_to_disk(tmp_path / "mixed")
     message = train_refusal(dataset=tmp_path / "mixed")
@@ -116,8 +109,8 @@ def test_rows_of_other_settings_among_others(train_refusal, small, small_of_shif
 
 
 @pytest.mark.parametrize("column", ["boundary_latents", "boundary_seeds", "boundary_settings"])
-def test_boundary_latents_that_lack_a_column(train_refusal, small, tmp_path, column):
-    load_from_disk(small).remove_columns(column).save_to_disk(tmp_path / "less")
+def test_boundary_latents_that_lack_a_column(train_refusal, boundary_dataset, tmp_path, column):
+    load_from_disk(boundary_dataset).remove_columns(column).save_to_disk(tmp_path / "less")
     assert "has no boundary latents" in train_refusal(dataset=tmp_path / "less")
 
 
@@ -131,20 +124,22 @@ def test_boundary_latents_that_lack_a_column(train_refusal, small, tmp_path, col
         ("--rollout_shift", 5, 3.0, "5.0"),
     ],
 )
-def test_latents_of_other_settings(train_refusal, small, flag, value, found, wanted):
-    message = train_refusal(flag, value, dataset=small)
-    assert message.startswith(f"`--dataset_name {small}` has boundary latents of `{flag} {found}`, not {wanted}. ")
+def test_latents_of_other_settings(train_refusal, boundary_dataset, flag, value, found, wanted):
+    message = train_refusal(flag, value, dataset=boundary_dataset)
+    assert message.startswith(
+        f"`--dataset_name {boundary_dataset}` has boundary latents of `{flag} {found}`, not {wanted}. "
+    )
 
 
-def test_latents_of_another_shift_than_the_models(train_refusal, small, low_noise_model, tmp_path):
+def test_latents_of_another_shift_than_the_models(train_refusal, boundary_dataset, low_noise_model, tmp_path):
     model = Path(shutil.copytree(low_noise_model, tmp_path / "model"))
     file = model / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "flow_shift": 5.0}))
-    message = train_refusal(dataset=small, model=model)
+    message = train_refusal(dataset=boundary_dataset, model=model)
     assert "has boundary latents of `--rollout_shift 3.0`, not 5.0." in message
 
 
-def test_the_shift_of_the_latents_may_be_given(command, small, tmp_path, monkeypatch):
+def test_the_shift_of_the_latents_may_be_given(command, boundary_dataset, tmp_path, monkeypatch):
     class Accepted(Exception):
         pass
 
@@ -154,10 +149,10 @@ def test_the_shift_of_the_latents_may_be_given(command, small, tmp_path, monkeyp
     monkeypatch.setattr(train_srpo_wan_t2i, "make_accelerator", accept)
     flags = ["--rollout_start", "boundary", "--rollout_shift", 3]
     with pytest.raises(Accepted):
-        run_in_process(*command(tmp_path / "output", *flags, dataset=small))
+        run_in_process(*command(tmp_path / "output", *flags, dataset=boundary_dataset))
 
 
-def test_the_boundary_of_a_model_of_one_expert(train_refusal, tiny_one_expert_model, small):
+def test_the_boundary_of_a_model_of_one_expert(train_refusal, tiny_one_expert_model, boundary_dataset):
     flags = ["--transformer_subfolder", "transformer"]
-    message = train_refusal(*flags, model=tiny_one_expert_model, dataset=small)
+    message = train_refusal(*flags, model=tiny_one_expert_model, dataset=boundary_dataset)
     assert message == "`--rollout_start boundary` needs a model of two experts; this one has no boundary."

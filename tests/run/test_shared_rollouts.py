@@ -1,20 +1,28 @@
 """Several updates on one rollout, and several samples in one: cheaper, and the same up to what the flags say."""
 
-import importlib
 import inspect
 import os
 import signal
-from contextlib import ExitStack
+
 import pytest
 import torch
-from accelerate import Accelerator
-from helpers import CAPTIONS, ROOT, checkpoints, distance, gradient_descent, load_history, load_weights, logged, repeatable, same_bits
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from helpers import (
+    CAPTIONS,
+    assert_same_update,
+    checkpoints,
+    gradient_descent,
+    load_history,
+    load_weights,
+    logged,
+    repeatable,
+    same_bits,
+    wrap,
+)
+
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+
 import train_srpo_wan_t2i
-from train_srpo_wan_t2i import RewardModel, SampleSampler, make_optimizer
-from helpers import wrap
+from train_srpo_wan_t2i import SampleSampler
 
 
 @pytest.fixture
@@ -29,13 +37,6 @@ def calls(monkeypatch):
     for name in calls:
         wrap(monkeypatch, train_srpo_wan_t2i, name, record)
     return calls
-
-
-def assert_same_update(output_dir, other, base):
-    """Of two runs of gradient descent: up to the rounding of weights in float32."""
-    update = distance(load_weights(other), load_weights(base))
-    assert update > 0.01
-    assert distance(load_weights(output_dir), load_weights(other)) < 1e-4 * update
 
 
 # ---- Several updates on one rollout. --------------------------------------------------------------------------------
@@ -94,7 +95,9 @@ def test_the_first_of_two_updates_is_the_one_without_the_flag(train, plain_run):
     assert losses[0] == expected[0] and losses[1] != expected[1]
 
 
-@pytest.mark.parametrize("flags", [[], RENEWED], ids=["same noise", "renewed noise"])
+@pytest.mark.parametrize(
+    "flags", [pytest.param([], marks=pytest.mark.slow), RENEWED], ids=["same noise", "renewed noise"]
+)
 def test_a_resumed_run_that_reuses_rollouts_repeats_the_straight_one_bit_for_bit(train, flags):
     flags = [*TWICE, *FOUR_STEPS, *flags]
     straight = train(*flags)
@@ -126,7 +129,9 @@ def test_a_signal_lets_a_rollout_be_used_up_before_the_run_is_saved(
 EQUAL_BATCHES = [*gradient_descent(1), "--max_grad_norm", 1, "--noise", "per_sample"]
 
 
-@pytest.mark.parametrize("noise", [[], ["--renew_noise"]], ids=["same noise", "renewed noise"])
+@pytest.mark.parametrize(
+    "noise", [pytest.param([], marks=pytest.mark.slow), ["--renew_noise"]], ids=["same noise", "renewed noise"]
+)
 def test_accumulated_rollouts_are_reused_like_a_batch(train, calls, tiny_model, noise):
     batch = train("--train_batch_size", 2, *TWICE, *noise, *EQUAL_BATCHES)
     accumulated = train("--gradient_accumulation_steps", 2, *TWICE, *noise, *EQUAL_BATCHES)

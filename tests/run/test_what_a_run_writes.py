@@ -3,22 +3,32 @@
 import json
 import math
 import re
-import shutil
 import subprocess
 import sys
-from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from helpers import CAPTIONS, TWO_RANKS, checkpoints, distance, file_hashes, gradient_descent, load_history, load_weights, logged, read_log, read_scores, repeatable, same_bits
 from datasets import load_from_disk
-from huggingface_hub import ModelCard
+from helpers import (
+    CAPTIONS,
+    TRAINING_SCALARS,
+    VALIDATION_SCALARS,
+    checkpoints,
+    file_hashes,
+    load_events,
+    load_history,
+    load_weights,
+    logged,
+    read_log,
+    read_scores,
+    same_bits,
+)
 from PIL import Image
-from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
 from diffusers import WanPipeline, WanTransformer3DModel
-from train_srpo_wan_t2i import NEGATIVE_WORDS, POSITIVE_WORDS, VALIDATION, CLIPReward, ModelInfo, make_generator, save_model_card
-from helpers import TRAINING_SCALARS, VALIDATION_SCALARS, load_events
+
+from train_srpo_wan_t2i import NEGATIVE_WORDS, POSITIVE_WORDS, VALIDATION, CLIPReward, make_generator
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +189,7 @@ print(images[0].shape, float(abs(images[0] - images[1]).mean()))
 """
 
 
+@pytest.mark.slow
 def test_plain_diffusers_loads_the_expert_and_paints_other_pixels(cpu_run, tiny_model, tmp_path):
     script = [sys.executable, "-c", PLAIN_DIFFUSERS, str(tiny_model), str(cpu_run[0])]
     done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True)

@@ -1,19 +1,8 @@
 """The optimizer that the trainer makes is AdamW."""
 
-import importlib
-import inspect
-import os
-import signal
-from contextlib import ExitStack
-import pytest
 import torch
-from accelerate import Accelerator
-from helpers import CAPTIONS, ROOT, checkpoints, distance, gradient_descent, load_history, load_weights, logged, repeatable, same_bits
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
-import train_srpo_wan_t2i
-from train_srpo_wan_t2i import RewardModel, SampleSampler, make_optimizer
+
+from train_srpo_wan_t2i import make_optimizer
 
 
 def test_adamw_is_fused_and_computes_what_adamw_computes(make_args):

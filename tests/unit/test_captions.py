@@ -3,30 +3,23 @@
 import csv
 import hashlib
 import json
-import logging
-import os
-import re
-import shutil
-import subprocess
-import sys
-from pathlib import Path
+
 import pytest
 import torch
 import yaml
-from datasets import Dataset, concatenate_datasets, load_from_disk
-from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
-from diffusers import WanPipeline
-from embed_prompts import WAN_NEGATIVE_PROMPT, load_captions, main, parse_args, text_encoder_fingerprint
-from helpers import embed_flags
+from datasets import Dataset
+from helpers import PROMPTS, embed_flags
+
+from embed_prompts import load_captions, parse_args, text_encoder_fingerprint
 
 
 # ---- Captions. ------------------------------------------------------------------------------------------------------
 
 
 def write_captions(file, column="caption"):
-    rows = [{column: caption} for caption in CAPTIONS]
+    rows = [{column: caption} for caption in PROMPTS]
     if file.suffix in (".yaml", ".yml"):
-        file.write_text(yaml.safe_dump({"prompts": CAPTIONS}))
+        file.write_text(yaml.safe_dump({"prompts": PROMPTS}))
     elif file.suffix == ".json":
         file.write_text(json.dumps(rows))
     elif file.suffix == ".jsonl":
@@ -43,20 +36,20 @@ def write_captions(file, column="caption"):
 @pytest.mark.parametrize("suffix", [".yaml", ".yml", ".json", ".jsonl", ".csv", ".parquet"])
 def test_every_file_form_gives_the_captions_in_their_order(tmp_path, suffix):
     write_captions(tmp_path / f"prompts{suffix}")
-    args = parse_args(arguments("model", tmp_path / f"prompts{suffix}", "out", "--cache_dir", tmp_path))
-    assert load_captions(args) == (CAPTIONS, 0)
+    args = parse_args(embed_flags("model", tmp_path / f"prompts{suffix}", "out", "--cache_dir", tmp_path))
+    assert load_captions(args) == (PROMPTS, 0)
 
 
 def test_a_text_file_holds_one_caption_per_line(prompts):
-    assert load_captions(parse_args(arguments("model", prompts, "out"))) == (CAPTIONS, 0)
+    assert load_captions(parse_args(embed_flags("model", prompts, "out"))) == (PROMPTS, 0)
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])
 def test_caption_column_names_the_key_or_column(tmp_path, suffix):
     write_captions(tmp_path / f"prompts{suffix}", column="text")
     flags = ["--caption_column", "text", "--cache_dir", tmp_path]
-    args = parse_args(arguments("model", tmp_path / f"prompts{suffix}", "out", *flags))
-    assert load_captions(args) == (CAPTIONS, 0)
+    args = parse_args(embed_flags("model", tmp_path / f"prompts{suffix}", "out", *flags))
+    assert load_captions(args) == (PROMPTS, 0)
 
 
 def test_a_dataset_is_read_by_split_and_column(tmp_path):
@@ -64,7 +57,7 @@ def test_a_dataset_is_read_by_split_and_column(tmp_path):
     Dataset.from_dict({"text": ["a cat"]}).to_parquet(tmp_path / "data" / "train.parquet")
     Dataset.from_dict({"text": ["a dog"]}).to_parquet(tmp_path / "data" / "test.parquet")
     flags = ["--caption_column", "text", "--dataset_split", "test", "--cache_dir", tmp_path / "cache"]
-    assert load_captions(parse_args(arguments("model", tmp_path / "data", "out", *flags))) == (["a dog"], 0)
+    assert load_captions(parse_args(embed_flags("model", tmp_path / "data", "out", *flags))) == (["a dog"], 0)
     assert (tmp_path / "cache").is_dir()
 
 

@@ -1,14 +1,18 @@
 """SRPO's core: noise levels, the graded step and its slope, the relative score and the loss."""
 
-import json
-from functools import partial
-from pathlib import Path
-from typing import NamedTuple
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from train_srpo_wan_t2i import NEGATIVE_WORDS, POSITIVE_WORDS, Branch, CLIPReward, branch_sigmas, decode_latents, direct_align_step, graded_pass, make_branches, make_train_sigmas, predict_velocity, shift_sigmas, srp_score, srpo_loss
 from helpers import draw
+
+from train_srpo_wan_t2i import (
+    branch_sigmas,
+    direct_align_step,
+    make_branches,
+    make_train_sigmas,
+    shift_sigmas,
+    srp_score,
+    srpo_loss,
+)
 
 
 DENOISE, INVERSION = (0.675, 0.625), (0.575, 0.625)  # (sigma_from, sigma_to), both recover at 0.625
@@ -126,13 +130,13 @@ BATCHED = tuple(torch.tensor(pair, dtype=torch.float64) for pair in zip(DENOISE,
     "sigma_from, sigma_to", [DENOISE, INVERSION, BATCHED], ids=["denoise", "inversion", "a level per sample"]
 )
 def test_an_exact_velocity_recovers_the_clean_latents_exactly(sigma_from, sigma_to):
-    x0, noise = (latents(seed, 2, 4, 1, 6, 8, dtype=torch.float64) for seed in (0, 1))
+    x0, noise = (draw(seed, 2, 4, 1, 6, 8, dtype=torch.float64) for seed in (0, 1))
     x0_hat = direct_align_step(lambda x, sigma: noise - x0, x0, noise, sigma_from, sigma_to)
     torch.testing.assert_close(x0_hat, x0, rtol=0, atol=1e-14)
 
 
 def test_the_network_sees_the_injected_noise_and_its_level():
-    x0, noise = latents(0, 2, 4, 1, 6, 8), latents(1, 2, 4, 1, 6, 8)
+    x0, noise = draw(0, 2, 4, 1, 6, 8), draw(1, 2, 4, 1, 6, 8)
     seen = []
 
     def velocity(x, sigma):
@@ -153,16 +157,16 @@ def test_the_network_sees_the_injected_noise_and_its_level():
     ids=["denoise is negative", "inversion is positive"],
 )
 def test_slope_of_the_recovered_latents_in_the_velocity(sigma_from, sigma_to, slope):
-    x0, noise = (latents(seed, 1, 4, 1, 2, 2, dtype=torch.float64) for seed in (0, 1))
-    velocity = latents(2, 1, 4, 1, 2, 2, dtype=torch.float64).requires_grad_()
+    x0, noise = (draw(seed, 1, 4, 1, 2, 2, dtype=torch.float64) for seed in (0, 1))
+    velocity = draw(2, 1, 4, 1, 2, 2, dtype=torch.float64).requires_grad_()
     direct_align_step(lambda x, sigma: velocity, x0, noise, sigma_from, sigma_to).sum().backward()
     torch.testing.assert_close(velocity.grad, torch.full_like(velocity, slope), rtol=0, atol=1e-14)
 
 
 def test_no_gradient_flows_into_the_clean_latents():
-    x0 = latents(0, 1, 4, 1, 2, 2).requires_grad_()
+    x0 = draw(0, 1, 4, 1, 2, 2).requires_grad_()
     bias = torch.zeros((), requires_grad=True)
-    direct_align_step(lambda x, sigma: x + bias, x0, latents(1, 1, 4, 1, 2, 2), *DENOISE).sum().backward()
+    direct_align_step(lambda x, sigma: x + bias, x0, draw(1, 1, 4, 1, 2, 2), *DENOISE).sum().backward()
     assert x0.grad is None
     assert bias.grad is not None
 

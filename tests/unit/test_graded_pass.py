@@ -2,13 +2,27 @@
 
 import json
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
+
 import pytest
 import torch
+from helpers import ROOT, draw
+
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from train_srpo_wan_t2i import NEGATIVE_WORDS, POSITIVE_WORDS, Branch, CLIPReward, branch_sigmas, decode_latents, direct_align_step, graded_pass, make_branches, make_train_sigmas, predict_velocity, shift_sigmas, srp_score, srpo_loss
-from helpers import draw, ROOT
+
+from train_srpo_wan_t2i import (
+    NEGATIVE_WORDS,
+    POSITIVE_WORDS,
+    Branch,
+    CLIPReward,
+    decode_latents,
+    direct_align_step,
+    graded_pass,
+    make_branches,
+    make_train_sigmas,
+    predict_velocity,
+    srp_score,
+)
 
 
 DENOISE, INVERSION = (0.675, 0.625), (0.575, 0.625)  # (sigma_from, sigma_to), both recover at 0.625
@@ -18,7 +32,7 @@ DENOISE, INVERSION = (0.675, 0.625), (0.575, 0.625)  # (sigma_from, sigma_to), b
 
 
 # What the published training step computes on small inputs; its "description" says how it was recorded.
-PUBLISHED = json.loads((Path(__file__).parent / "fixtures" / "srpo_published_step.json").read_text())["cases"]
+PUBLISHED = json.loads((ROOT / "tests/fixtures/srpo_published_step.json").read_text())["cases"]
 
 PUBLISHED_BRANCHES = [
     pytest.param(case, index, id=f"position {case['position']}, {case['branches'][index]['name']}")
@@ -146,7 +160,7 @@ def loaded_models(tiny_model, tiny_reward):
 @pytest.fixture
 def tiny_parts(loaded_models):
     loaded_models[0].zero_grad()
-    return TinyParts(*loaded_models, latents(0, 2, 4, 1, 4, 6), latents(1, 2, 4, 1, 4, 6), latents(2, 2, 16, 16))
+    return TinyParts(*loaded_models, draw(0, 2, 4, 1, 4, 6), draw(1, 2, 4, 1, 4, 6), draw(2, 2, 16, 16))
 
 
 BRANCHES = [Branch("denoise", *DENOISE, 0.2), Branch("inversion", *INVERSION, 0.1)]

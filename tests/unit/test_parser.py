@@ -1,50 +1,11 @@
 """What the parser and the checks say of flags alone, before anything is read."""
 
-import importlib
-import inspect
-import os
-import signal
-from contextlib import ExitStack
-import pytest
-import torch
-from accelerate import Accelerator
-from helpers import CAPTIONS, ROOT, checkpoints, distance, gradient_descent, load_history, load_weights, logged, repeatable, same_bits
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
-import train_srpo_wan_t2i
-from train_srpo_wan_t2i import RewardModel, SampleSampler, make_optimizer
-import hashlib
-import json
-import logging
-import re
-import shutil
-import subprocess
-import sys
-from contextlib import contextmanager
-from pathlib import Path
-import huggingface_hub
-import yaml
-from accelerate.commands.launch import launch_command, launch_command_parser
-from accelerate.state import AcceleratorState
-from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_simple_launcher_cmd_env
-from datasets import Array2D, DatasetDict, Features, load_from_disk
-from safetensors.torch import load_file, save_file
-from transformers import BertConfig, CLIPModel
-from transformers.integrations import unset_hf_deepspeed_config
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from train_srpo_wan_t2i import check_deepspeed, main, parse_args
-from typing import NamedTuple
-import numpy as np
-from helpers import CAPTIONS, checkpoints, distance, file_hashes, gradient_descent, load_history, load_weights, logged, read_log, read_scores, repeatable, same_bits
-from datasets import load_from_disk
-from huggingface_hub import ModelCard
-from PIL import Image
-from safetensors.torch import load_file
-from torch.nn.modules.module import register_module_forward_hook
-from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
-from train_srpo_wan_t2i import VALIDATION, make_generator
 import importlib.util
+import re
+
+import pytest
+
+from train_srpo_wan_t2i import check_deepspeed
 
 
 def test_rollouts_take_10_steps_by_default(make_args):

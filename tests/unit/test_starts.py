@@ -1,24 +1,12 @@
 """What a rollout starts from and what noise is injected: Gaussian noise, or stored boundary latents and theirs."""
 
-import json
-import os
-import re
-import shutil
-import subprocess
-import sys
-from functools import partial
-from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import CAPTIONS, MINIATURE, ROOT, distance, load_weights, logged, run_in_process
-from datasets import DatasetDict, concatenate_datasets, load_from_disk
-from miniature.drawings import captions as drawing_captions
-from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
-import embed_prompts
-import train_srpo_wan_t2i
-from train_srpo_wan_t2i import collate_fn, load_prompt_dataset, make_scheduler, make_starts, predict_velocity, rollout
-from helpers import draw
+from datasets import load_from_disk
+from helpers import CAPTIONS, draw
+
+from train_srpo_wan_t2i import collate_fn, make_starts
 
 
 SHAPE = 4, 1, 4, 6
@@ -38,7 +26,7 @@ def picked_seeds(latents, noise):
     seeds = [int(sample.mean()) - 1000 * i for i, sample in enumerate(latents)]
     for i, seed in enumerate(seeds):
         assert torch.equal(latents[i], torch.full(SHAPE, 1000.0 * i + seed))
-        assert torch.equal(noise[i], draw(seed, SHAPE))
+        assert torch.equal(noise[i], draw(seed, *SHAPE))
     return seeds
 
 
@@ -82,8 +70,8 @@ def test_from_noise_latents_and_noise_are_the_same(make_args):
     assert latents.std() == pytest.approx(1, abs=0.2)
 
 
-def test_collate_passes_the_boundary_on_where_there_is_one(small):
-    rows = list(load_from_disk(small)["train"].with_format("numpy").select([4, 1]))
+def test_collate_passes_the_boundary_on_where_there_is_one(boundary_dataset):
+    rows = list(load_from_disk(boundary_dataset)["train"].with_format("numpy").select([4, 1]))
     batch = collate_fn(rows, 16, torch.float32)
     assert batch["captions"] == [CAPTIONS[4], CAPTIONS[1]]
     for row, latents, seeds in zip(rows, batch["boundary_latents"], batch["boundary_seeds"], strict=True):

@@ -3,25 +3,16 @@ Two experts, one at a time: the boundary latents that `embed_prompts.py` paints 
 the low-noise one makes of them, are what `WanPipeline` paints with both.
 """
 
-import json
-import os
-import re
-import shutil
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
-import numpy as np
+
 import pytest
 import torch
-from helpers import CAPTIONS, MINIATURE, ROOT, distance, load_weights, logged, run_in_process
-from datasets import DatasetDict, concatenate_datasets, load_from_disk
+from helpers import MINIATURE, draw
 from miniature.drawings import captions as drawing_captions
-from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
-import embed_prompts
-import train_srpo_wan_t2i
-from train_srpo_wan_t2i import collate_fn, load_prompt_dataset, make_scheduler, make_starts, predict_velocity, rollout
-from helpers import draw
+
+from diffusers import WanPipeline
+
+from train_srpo_wan_t2i import collate_fn, load_prompt_dataset, make_scheduler, predict_velocity, rollout
 
 
 BOUNDARY = 0.875  # of all models here
@@ -36,7 +27,7 @@ def pipeline():
 
 
 @pytest.fixture(scope="module")
-def compare(pipeline, paint):
+def compare(pipeline, embed):
     """
     Function: the scheduler and flags of `embed_prompts.py` -> what the low-noise expert alone makes of the boundary
     latents of three drawings, and a function: a number of steps -> what the pipeline makes with both experts.
@@ -45,7 +36,7 @@ def compare(pipeline, paint):
     def run(name, *flags, guidance_scale=4.0, shift=3.0):
         size = ["--height", 64, "--width", 64, "--dtype", "fp32", "--batch_size", 2]
         flags = [*size, "--boundary_latents", 2, "--seed", 5, "--rollout_scheduler", name, *flags]
-        dataset = load_prompt_dataset(paint(MINIATURE / "model", drawing_captions()[:81:40], *flags))
+        dataset = load_prompt_dataset(embed(MINIATURE / "model", drawing_captions()[:81:40], *flags))
         batch, negative = (collate_fn(list(rows.with_format("numpy")), 16, torch.float32) for rows in dataset.values())
         embeds, negative = batch["prompt_embeds"], negative["prompt_embeds"].expand(3, -1, -1)
         second = torch.stack([torch.as_tensor(latents[1]) for latents in batch["boundary_latents"]])
@@ -57,7 +48,7 @@ def compare(pipeline, paint):
             return pipeline(
                 prompt_embeds=embeds,
                 negative_prompt_embeds=negative,
-                latents=draw(6, (8, 1, 8, 8)).expand(3, -1, -1, -1, -1),
+                latents=draw(6, 8, 1, 8, 8).expand(3, -1, -1, -1, -1),
                 height=64,
                 width=64,
                 num_frames=1,
