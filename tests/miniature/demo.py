@@ -25,8 +25,9 @@ from drawings import GUIDANCE_SCALE, MAX_SEQUENCE_LENGTH, caption_accuracy, capt
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
-# The denoise branch alone, drawn to the positive words twice as strongly, keeps the captions best on this model. All
-# that is not named is the trainer's default, the published settings; tests/run/test_method.py trains with those.
+# The denoise branch alone, drawn to the positive words twice as strongly, keeps the captions best on this model, and
+# the drift term keeps the shapes (`benchmarks/effect.py --drift`). All that is not named is the trainer's default, the
+# published settings; tests/run/test_method.py trains with those.
 TRAINING = f"""
     --reward_model CLIP --height 64 --width 64 --validation_size 64
     --branches denoise --discount_pos 1 1 --reward_margin 1.05 --noise per_sample

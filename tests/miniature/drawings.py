@@ -134,8 +134,8 @@ def light(image, mask):
 
 def find_object(image):
     """
-    Where the object is in a (64, 64, 3) float32 image: the names of its background and its colour, its boolean mask
-    (64, 64), and that of its core, which leaves shadow and borders out. Colour and mask are None where nothing is seen.
+    Where the object is in a (64, 64, 3) float32 image: the names of its background and of its colour, its boolean mask
+    (64, 64), and that of its core, without shadow and border. Colour and mask are None where nothing is painted.
     """
     sides = image.swapaxes(0, 1)
     border = np.concatenate([image[:4], image[-4:], sides[:4], sides[-4:]])
