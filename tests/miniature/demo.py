@@ -31,7 +31,7 @@ ROOT = HERE.parents[1]
 TRAINING = f"""
     --reward_model CLIP --height 64 --width 64 --validation_size 64
     --branches denoise --discount_pos 1 1 --reward_margin 1.05 --noise per_sample
-    --max_train_steps 32 --train_batch_size 16 --learning_rate 5e-5 --drift_weight 0.1
+    --max_train_steps 32 --train_batch_size 16 --learning_rate 8e-5 --drift_weight 0.1
     --sampling_steps 12 --rollout_guidance_scale {GUIDANCE_SCALE} --validation_guidance_scale {GUIDANCE_SCALE}
     --validation_steps 16 --checkpointing_steps 16 --checkpoints_total_limit 1
 """

@@ -80,12 +80,10 @@ def test_16_published_updates_paint_more_real_drawings_of_the_same_captions(trai
 
 @pytest.mark.slow
 @SEEDS
-def test_the_drift_term_keeps_shapes_that_too_much_training_melts(train_and_judge, before, seed):
-    too_much = ["--max_train_steps", 32, "--learning_rate", 5e-5, "--seed", seed]
-    melted, held = train_and_judge(*too_much), train_and_judge(*too_much, "--drift_weight", 0.3)
-    print(before, melted, held)
-    assert melted["shapes"] <= before["shapes"] - 0.05
-    assert held["shapes"] >= before["shapes"] - 0.02
+def test_the_drift_term_keeps_shapes_that_too_large_updates_melt(train_and_judge, before, seed):
+    too_much = ["--learning_rate", 1e-4, "--seed", seed]
+    assert train_and_judge(*too_much)["shapes"] <= before["shapes"] - 0.05
+    assert train_and_judge(*too_much, "--drift_weight", 0.3)["shapes"] >= before["shapes"] - 0.02
 
 
 @pytest.mark.slow
