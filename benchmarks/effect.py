@@ -123,6 +123,7 @@ def compare(output_dir):
     flags = [*prepare(folder), *DEMO_WITHOUT_DRIFT]
     rows, reached, flop = [], [], {}
     for name, run, settings in (("plain", train_plain, PLAIN), ("fast", train, FAST)):
+        print(f"Counting the FLOP of {EVERY} updates: {name}", flush=True)
         with Anatomy().watch() as anatomy:
             list(run([*flags, *settings], folder / f"{name}_counted", EVERY))
         flop[name] = anatomy.flop / EVERY
