@@ -1,8 +1,11 @@
 """What SRPO does to a model that can paint: the miniature, trained by the real script, judged from pixels."""
 
+import json
+import sys
+
 import pytest
 import torch
-from helpers import MINIATURE, run_in_process
+from helpers import MINIATURE, run_command, run_in_process
 from miniature.build import sample
 from miniature.drawings import (
     GUIDANCE_SCALE,
@@ -83,7 +86,9 @@ def test_16_published_updates_paint_more_real_drawings_of_the_same_captions(trai
 def test_the_drift_term_keeps_shapes_that_too_large_updates_melt(train_and_judge, before, seed):
     too_much = ["--learning_rate", 1e-4, "--seed", seed]
     assert train_and_judge(*too_much)["shapes"] <= before["shapes"] - 0.05
-    assert train_and_judge(*too_much, "--drift_weight", 0.3)["shapes"] >= before["shapes"] - 0.02
+    held = train_and_judge(*too_much, "--drift_weight", 1)
+    assert held["shapes"] >= before["shapes"] - 0.02
+    assert held["real"] >= before["real"] + 0.15
 
 
 @pytest.mark.slow
@@ -104,3 +109,14 @@ def test_an_inversion_branch_of_the_wrong_sign_undoes_the_effect(train_and_judge
 
     monkeypatch.setattr(train_srpo_wan_t2i, "plan_update", wrong)
     assert train_and_judge("--seed", seed)["real"] <= before["real"] + 0.05
+
+
+@pytest.mark.slow
+def test_the_demo_makes_drawings_real_and_keeps_captions_and_shapes(tmp_path):
+    done = run_command(sys.executable, "tests/miniature/demo.py", "--output_dir", tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["real_style_share_before"] <= 0.6
+    assert report["real_style_share_after"] >= 0.93
+    assert report["caption_accuracy_after"] >= report["caption_accuracy_before"] - 0.01
+    assert report["shape_fidelity_after"] >= report["shape_fidelity_before"] - 0.006
