@@ -13,22 +13,17 @@ This file follows one update: plan it (`plan_update`), paint images without grad
 back in and take one graded step (`direct_align_step`), decode it (`decode_latents`), score it with a preference model
 relative to a positive and a negative control word (`srp_score`), and back-propagate (`graded_pass`, `update`).
 
-Departures from the published code (https://github.com/Tencent-Hunyuan/SRPO), which trains FLUX:
-- The denoise and the inversion branch are one batch: one forward and one backward pass instead of two.
-- `--gradient_accumulation_steps` counts rollouts, whatever branches each has; the published loop counts branches.
-- Wan has no embedded guidance: rollouts use classifier-free guidance, the graded step uses none.
-- The default window of noise levels suits the low-noise expert, and rollouts take 10 steps of UniPC; docs/recipes.md
-  has the flags of the published runs.
-- Every random draw is a function of the seed, the sample and the update: a resumed run repeats the run it continues.
-- On single images the VAE works as a 2-D network, which equals the 3-D one there.
-- Images that are not square are padded, not cropped, before HPS sees them, as HPSv2 itself does.
-- `--drift_weight` can hold the velocity near that of the untrained expert.
+Departures from the published code (https://github.com/Tencent-Hunyuan/SRPO), which trains FLUX: both branches are one
+batch; `--gradient_accumulation_steps` counts rollouts, not branches; rollouts use classifier-free guidance, as Wan has
+none embedded, and 10 steps of UniPC; the default window suits the low-noise expert; every random draw depends on seed,
+sample and update alone, so that runs resume exactly; the VAE works on images as a 2-D network, which equals the 3-D
+one; images that are not square are padded, not cropped, before HPS sees them; `--drift_weight` holds the expert near
+the untrained one. docs/recipes.md has the flags of the published runs.
 """
 
 import argparse
 import copy
 import hashlib
-import importlib
 import importlib.util
 import json
 import logging
@@ -38,6 +33,7 @@ import resource
 import shlex
 import shutil
 import signal
+import textwrap
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -51,16 +47,10 @@ import huggingface_hub
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-from accelerate.utils import (
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-    extract_model_from_parallel,
-    gather_object,
-    set_seed,
-)
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, gather_object, set_seed
 from PIL import Image
 from safetensors import safe_open
 from torch.utils.checkpoint import checkpoint
@@ -77,10 +67,10 @@ class LazyModule:
         return getattr(importlib.import_module(self.__name__), attribute)
 
 
-datasets, deepspeed, diffusers, open_clip, peft, transformers = map(
-    LazyModule, ("datasets", "deepspeed", "diffusers", "open_clip", "peft", "transformers")
-)
+datasets, deepspeed, diffusers = LazyModule("datasets"), LazyModule("deepspeed"), LazyModule("diffusers")
+open_clip, peft, transformers = LazyModule("open_clip"), LazyModule("peft"), LazyModule("transformers")
 wan_vae = LazyModule("diffusers.models.autoencoders.autoencoder_kl_wan")
+matplotlib_figure, torchao_optim = LazyModule("matplotlib.figure"), LazyModule("torchao.optim")
 TF = LazyModule("torchvision.transforms.v2.functional")
 
 logger = get_logger(__name__)
@@ -90,36 +80,29 @@ LOG_FORMAT = "%(asctime)s - %(levelname)s - %(name)s - %(message)s"
 # The control words of the published run, fastvideo/SRPO.py of the SRPO repository.
 POSITIVE_WORDS = ("Natural-lighting", "Detail", "Detailed", "Real")
 NEGATIVE_WORDS = ("Concept art", "Painting", "Anime", "Flat", "Oil")
-
 # Positions this close to either end of the training grid are not drawn (fastvideo/SRPO.py).
 POSITION_MARGIN = 5
-
 # Where a reward model comes from when `--reward_model_path` is not given.
 HPS_REPOSITORY, HPS_FILE, HPS_ARCHITECTURE = "xswu/HPSv2", "HPS_v2.1_compressed.pt", "ViT-H-14"
 PICKSCORE_REPOSITORY = "yuvalkirstain/PickScore_v1"
 PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-
 # The linear layers that diffusers' own scripts for Wan adapt, all of the attention, and its name for the file.
 LORA_TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0")
 LORA_FILE = "pytorch_lora_weights.safetensors"
-
 # First words of the names of files of weights, and the layers by whose weights a model is identified.
 DIFFUSERS_STEM, TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
 TRANSFORMER_LAYER, TEXT_ENCODER_LAYER = "blocks.0.attn1.to_q.weight", "encoder.final_layer_norm.weight"
-
 # What `embed_prompts.py --boundary_latents` adds to the dataset, and the flags that it shares with training.
 BOUNDARY_COLUMNS = ("boundary_latents", "boundary_seeds")
 BOUNDARY_FLAGS = ("height", "width", "sampling_steps", "rollout_scheduler", "rollout_shift")
-
 # Independent streams of random numbers. The last seeds what libraries draw: dropout, the rounding of adamw_8bit.
 SHUFFLE, NOISE, POSITION, VALIDATION, GLOBAL = range(5)
 
 
 # ---- 2. SRPO: noise levels, the graded step, the relative score, the plan of an update. Pure functions. -------------
 def shift_sigmas(sigmas, shift):
-    """Bends noise levels in [0, 1], a float or a tensor of any shape, towards 1 as the schedules of SD3, FLUX and Wan
-    do: `shift * sigma / (1 + (shift - 1) * sigma)`. Source: Esser et al. 2024 (https://arxiv.org/abs/2403.03206), eq.
-    23."""
+    """Bends noise levels in [0, 1], a float or a tensor, towards 1 as the schedules of SD3, FLUX and Wan do:
+    `shift * sigma / (1 + (shift - 1) * sigma)`, eq. 23 of Esser et al. 2024 (https://arxiv.org/abs/2403.03206)."""
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
@@ -223,7 +206,7 @@ class Branch(NamedTuple):
     sigma_from: torch.Tensor  # (B,)
     sigma_to: torch.Tensor  # (B,)
     discount: torch.Tensor  # (B,): the extra weight of the caption that the branch is drawn to
-    swap: bool  # whether that is the negative caption, because the gradient has the opposite sign
+    swap: torch.Tensor  # (B,): 1 if that is the negative caption, because the gradient has the opposite sign, else 0
 
 
 class Plan(NamedTuple):
@@ -243,9 +226,8 @@ def draw_positions(recipe, step, samples):
 
 
 def plan_update(recipe, step, samples):
-    """The [`Plan`] of update number `step` for the samples with these numbers in the run: a pure function. Control
-    words change with the update. Each sample has a noise level of its own, as each process has one in the published
-    code."""
+    """The [`Plan`] of update number `step` for the samples with these numbers in the run: a pure function. Each sample
+    has a noise level of its own, as each process has one in the published code. Control words change by step."""
     length, ratio = recipe.timestep_length, recipe.groundtruth_ratio
     positions = draw_positions(recipe, step, samples)
     levels = [branch_sigmas(recipe.train_sigmas, position, ratio) for position in positions]
@@ -255,7 +237,8 @@ def plan_update(recipe, step, samples):
             sigma_from, sigma_to = torch.tensor([each[index] for each in levels]).unbind(1)
             read_at = [each[2][index] for each in levels]
             discount = torch.linspace(*ends, length)[read_at]
-            branches.append(Branch(name, sigma_from, sigma_to, discount, swap=name == "inversion"))
+            swap = torch.full_like(discount, name == "inversion")
+            branches.append(Branch(name, sigma_from, sigma_to, discount, swap))
     curve = recipe.loss_weight_shift
     weight = torch.ones(len(positions)) if curve is None else shift_sigmas(torch.tensor(positions) / length, curve)
     positive, negative = recipe.positive_words, recipe.negative_words
@@ -304,8 +287,7 @@ class SampleSampler:
 
 
 def noise_generators(recipe, group, samples, *reuse):
-    """A generator for what each sample starts from. With `--noise shared` all samples of a group have the same noise,
-    which gives gradients of lower variance, says the SRPO paper."""
+    """A generator for each sample's start. One noise for a group lowers the variance, says the SRPO paper."""
     keys = [group] * len(samples) if recipe.noise == "shared" else samples
     return [make_generator(recipe.seed, NOISE, key, *reuse) for key in keys]
 
@@ -313,15 +295,13 @@ def noise_generators(recipe, group, samples, *reuse):
 def draw_noise(recipe, shape, group, samples, *reuse):
     """The noise, (B, *shape) float32, of the samples with these numbers. `group` counts the rollouts of the run, and
     `reuse` the updates on the same rollout. It is drawn on the CPU, so it is the same for any device."""
-    return torch.stack(
-        [torch.randn(shape, generator=each) for each in noise_generators(recipe, group, samples, *reuse)]
-    )
+    generators = noise_generators(recipe, group, samples, *reuse)
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
 def draw_starts(recipe, shape, group, samples, batch):
-    """What the images of B samples start from: latents, and the noise in them, each (B, *shape) float32. By default
-    both are the noise. If the `batch`, see [`collate_fn`], has boundary latents, they are one of the K latents that
-    `embed_prompts.py --boundary_latents K` has stored for each caption, and the noise of its seed."""
+    """What the images of B samples start from: latents and the noise in them, each (B, *shape) float32. Both are
+    noise, or, if the `batch` of [`collate_fn`] has boundary latents, one of those and the noise of its seed."""
     if "boundary_latents" not in batch:
         return (draw_noise(recipe, shape, group, samples),) * 2
     latents, noise = [], []
@@ -401,9 +381,8 @@ def paint_latents(models, latents, prompt_embeds):
     first = 0 if boundary is None else int((scheduler.timesteps >= 1000 * boundary).sum())
     scheduler.set_begin_index(first)
     for timestep in scheduler.timesteps[first:]:
-        velocity = models.velocity(
-            torch.cat([latents, latents]) if guided else latents, timestep / 1000, prompt_embeds
-        )
+        inputs = torch.cat([latents, latents]) if guided else latents
+        velocity = models.velocity(inputs, timestep / 1000, prompt_embeds)
         if guided:
             conditional, unconditional = velocity.chunk(2)
             velocity = unconditional + guidance_scale * (conditional - unconditional)
@@ -436,8 +415,8 @@ def flatten_vae(vae):
 
 
 def decode_latents(vae, latents):
-    """Latents (B, C, 1, H, W), normalised as the transformer sees them -> pixels (B, 3, s * H, s * W) float32 in [0,
-    1], and the share of values that were clamped, (), which carry no gradient. The same as `vae.decode`, except that
+    """Latents (B, C, 1, H, W), normalised as the transformer sees them -> pixels (B, 3, s * H, s * W) in [0, 1], and
+    the share of values that were clamped, (), which carry no gradient; float32. The same as `vae.decode`, except that
     the decoder's blocks are checkpointed where gradients flow: `AutoencoderKLWan` has no gradient checkpointing, and
     its cache of frames, which one frame does not need, would break the recomputation."""
     mean, std = (
@@ -472,23 +451,14 @@ def preprocess_pixels(pixels, image_size, mean, std, keep_borders):
     return TF.normalize(TF.center_crop(pixels, [image_size, image_size]), mean, std)
 
 
-def put_word_before(word, captions):
-    """The captions as a reward model sees them, with a control word in front."""
-    return [f"{word}. {caption}" for caption in captions]
-
-
 class RewardModel(torch.nn.Module):
     """A frozen model of which images people prefer for a caption: `reward(pixels, captions)`. This one encodes image
     and text apart, and the reward is `scale` times the inner product of their features of unit norm. Subclasses set
     `model`, `image_size`, `mean`, `std`, `keep_borders`, `scale`, and give raw features."""
 
-    def __init__(self):
-        super().__init__()
-        self.text_cache = {}
-
     def freeze(self, device, dtype):
+        self.dtype, self.text_cache = dtype, {}
         self.requires_grad_(False).eval().to(device=device, dtype=dtype)
-        self.dtype = dtype
 
     def encode_images(self, pixels):
         """`torch.Tensor` of shape (B, 3, H, W) in [0, 1] -> (B, D) float32 of unit norm, differentiable."""
@@ -513,30 +483,26 @@ class RewardModel(torch.nn.Module):
         """Images (B, 3, H, W) in [0, 1] and a list of B strings -> (B,): the reward of each image for its caption."""
         return self.rewards(pixels, [captions])[0]
 
-    def compare(self, pixels, positive, negative, discount):
-        """The score of [`srp_score`] of images (B, 3, H, W) in [0, 1] for two lists of B strings and a discount (B,).
-        Returns it, (B,) with a gradient, and the rewards for both lists, (B,) each, without."""
-        features, positive, negative = (
-            self.encode_images(pixels),
-            self.encode_texts(positive),
-            self.encode_texts(negative),
-        )
-        rewards = [self.scale * (features.detach() * texts).sum(-1) for texts in (positive, negative)]
-        return self.scale * srp_score(features, positive, negative, discount), *rewards
+    def compare(self, pixels, positive, negative, discount, swap):
+        """[`srp_score`] of images (B, 3, H, W) in [0, 1] for two lists of B strings, exchanged where `swap` (B,) is
+        true: (B,) with a gradient; and the rewards for the positive and for the negative texts, (B,) without."""
+        features, texts = self.encode_images(pixels), torch.stack([*map(self.encode_texts, (positive, negative))])
+        towards, away = torch.where(swap[:, None], texts.flip(0), texts)
+        rewards = self.scale * (features.detach() * texts).sum(-1)
+        return self.scale * srp_score(features, towards, away, discount), *rewards
 
 
 class HPSReward(RewardModel):
     """HPSv2.1 (https://arxiv.org/abs/2306.09341): an open_clip model of the given `architecture` with fine-tuned
     weights, which the file `path` holds under `state_dict`. The reward is the cosine."""
 
-    keep_borders = True
-    scale = 1.0
+    keep_borders, scale = True, 1.0
 
     def __init__(self, path, device="cpu", dtype=torch.float32, architecture=HPS_ARCHITECTURE):
         super().__init__()
         self.model = self.empty_model(architecture)
         self.model.load_state_dict(self.read_weights(path), assign=True)
-        self.tokenizer = open_clip.get_tokenizer(architecture)
+        self.image_features, self.tokenizer = self.model.encode_image, open_clip.get_tokenizer(architecture)
         self.image_size = self.model.visual.image_size[0]
         self.mean, self.std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
         self.freeze(device, dtype)
@@ -552,9 +518,6 @@ class HPSReward(RewardModel):
     @staticmethod
     def read_weights(path):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-
-    def image_features(self, pixels):
-        return self.model.encode_image(pixels)
 
     def text_features(self, texts):
         return self.model.encode_text(self.tokenizer(texts).to(next(self.model.parameters()).device))
@@ -592,7 +555,7 @@ class Models(NamedTuple):
     transformer: torch.nn.Module
     vae: torch.nn.Module | None = None
     reward: RewardModel | None = None
-    solver: Solver | None = None
+    solver: Solver | None = None  # of rollouts
     negative_prompt_embeds: torch.Tensor | None = None  # (1, L, D)
     token_patch: tuple[int, int, int] | None = None  # see [`transformer_velocity`]
     base: torch.nn.Module | None = None  # a frozen copy of the transformer; a LoRA needs none
@@ -606,7 +569,7 @@ class Models(NamedTuple):
         """The velocity of the untrained expert: of the frozen copy, or of the same weights with the LoRA off."""
         if self.base is not None:
             return transformer_velocity(self.base, latents, sigma, prompt_embeds, self.token_patch)
-        bare = extract_model_from_parallel(self.transformer)
+        bare = getattr(self.transformer, "module", self.transformer)  # without what Accelerate wraps around it
         bare.disable_adapters()
         velocity = self.velocity(latents, sigma, prompt_embeds)
         bare.enable_adapters()
@@ -629,50 +592,37 @@ def make_rollouts(models, batches, recipe, shape, group, batch_size):
     return [rollout._replace(x0=part) for rollout, part in zip(rollouts, x0, strict=True)]
 
 
-def renew_noise(rollout, recipe, group, reuse):
-    """The same [`Rollout`] with other noise to inject, in update number `reuse` on it."""
-    noise = draw_noise(recipe, rollout.x0.shape[1:], group, rollout.samples, reuse)
-    return rollout._replace(noise=noise.to(rollout.x0.device, non_blocking=True))
-
-
 def graded_pass(models, rollout, plan, recipe):
     """Takes the graded step of all branches of a [`Plan`] from the x0 of a [`Rollout`] as one batch, decodes and
     scores it. Returns the loss, `torch.Tensor` of shape (), and metrics, a dict of detached tensors of shape ()."""
-    branches, count, drifts = plan.branches, len(plan.branches), []
+    count, drifts = len(plan.branches), []
     x0, noise, prompt_embeds = (
         tensor.repeat(count, *[1] * (tensor.ndim - 1)) for tensor in (rollout.x0, rollout.noise, rollout.prompt_embeds)
     )
-    rows = [torch.stack([b.sigma_from, b.sigma_to, b.discount, plan.weight]) for b in branches]
+    rows = [torch.stack([b.sigma_from, b.sigma_to, b.discount, b.swap, plan.weight]) for b in plan.branches]
     # All at once, without waiting for the GPU.
-    sigma_from, sigma_to, discount, weight = torch.cat(rows, dim=1).to(x0.device, non_blocking=True)
+    sigma_from, sigma_to, discount, swap, weight = torch.cat(rows, dim=1).to(x0.device, non_blocking=True)
 
     def velocity(x, sigma):
         if not recipe.drift_weight:
             return models.velocity(x, sigma, prompt_embeds)
-        base, velocity = models.base_velocity(x, sigma, prompt_embeds), models.velocity(x, sigma, prompt_embeds)
-        drifts.append((velocity - base).square().mean())
-        return velocity
+        base, trained = models.base_velocity(x, sigma, prompt_embeds), models.velocity(x, sigma, prompt_embeds)
+        drifts.append((trained - base).square().mean())
+        return trained
 
     x0_hat = direct_align_step(velocity, x0, noise, sigma_from, sigma_to)
     pixels, saturated = decode_latents(models.vae, x0_hat)
-    positive = put_word_before(plan.positive_word, rollout.captions)
-    negative = put_word_before(plan.negative_word, rollout.captions)
-    towards = [text for branch in branches for text in (negative if branch.swap else positive)]
-    away = [text for branch in branches for text in (positive if branch.swap else negative)]
-    score, *rewards = models.reward.compare(pixels, towards, away, discount)
+    positive = [f"{plan.positive_word}. {caption}" for caption in rollout.captions] * count
+    negative = [f"{plan.negative_word}. {caption}" for caption in rollout.captions] * count
+    score, *rewards = models.reward.compare(pixels, positive, negative, discount, swap.bool())
     loss = srpo_loss(score, recipe.reward_margin if recipe.loss == "hinge" else None, weight)
     loss = loss + recipe.drift_weight * drifts[0] if drifts else loss
-
     metrics = {"loss": loss.detach(), "score": score.detach().mean(), "saturated": saturated}
-    metrics |= {"sigma": sigma_to.chunk(count)[0].mean()} | ({"drift": drifts[0].detach()} if drifts else {})
-    pairs = []  # rewards for the positive and for the negative word
-    for branch, scores, *both in zip(
-        branches, *(part.detach().chunk(count) for part in (score, *rewards)), strict=True
-    ):
+    for branch, scores in zip(plan.branches, score.detach().chunk(count), strict=True):
         metrics[f"score_{branch.name}"] = scores.mean()
-        pairs.append(torch.stack(both[::-1] if branch.swap else both))
-    reward_positive, reward_negative = torch.cat(pairs, dim=1).mean(1)
-    return loss, metrics | {"reward_positive": reward_positive, "reward_negative": reward_negative}
+    metrics |= {"reward_positive": rewards[0].mean(), "reward_negative": rewards[1].mean()}
+    metrics["sigma"] = sigma_to.chunk(count)[0].mean()
+    return loss, metrics | ({"drift": drifts[0].detach()} if drifts else {})
 
 
 def update(accelerator, models, optimizer, rollouts, recipe, step):
@@ -693,23 +643,16 @@ def update(accelerator, models, optimizer, rollouts, recipe, step):
             measured.append(metrics)
     transformer.eval()
     means = {name: torch.stack([metrics[name] for metrics in measured]).mean() for name in metrics}
-    return {**means, "grad_norm": torch.as_tensor(grad_norm, dtype=torch.float32, device=loss.device)}
+    return means | {"grad_norm": torch.as_tensor(grad_norm, dtype=torch.float32, device=loss.device)}
 
 
 # ---- 8. What is trained: all weights, or a LoRA beside them. --------------------------------------------------------
 def choose_dtypes(mixed_precision, optimizer, lora_rank, deepspeed):
-    """The type of frozen and of saved weights, and the type that the transformer is loaded in. AdamW under autocast
-    needs the weights themselves in float32. DeepSpeed keeps float32 master weights of its own, adamw_8bit rounds
-    stochastically, and the base of a LoRA is not trained."""
+    """The type of frozen and saved weights, and that of the transformer. AdamW under autocast needs float32 weights;
+    DeepSpeed has float32 copies, adamw_8bit rounds stochastically, and the base of a LoRA is not trained."""
     weight_dtype = torch.bfloat16 if mixed_precision == "bf16" else torch.float32
     full = not deepspeed and optimizer == "adamw" and lora_rank is None
     return weight_dtype, torch.float32 if full else weight_dtype
-
-
-def deepspeed_config(accelerator):
-    """The configuration of DeepSpeed as a dict, or `None` without DeepSpeed."""
-    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-    return accelerator.state.deepspeed_plugin.deepspeed_config if deepspeed else None
 
 
 def lora_metadata(transformer):
@@ -719,17 +662,16 @@ def lora_metadata(transformer):
 
 
 def keep_rotary_tables(transformer, device):
-    """Moves the rotary tables to `device` and takes them out of the buffers: DeepSpeed casts all of a module to
-    bfloat16, and three digits of a cosine are too few for a position."""
+    """Keeps the rotary tables out of the buffers, which DeepSpeed casts to bfloat16: too few digits for a position."""
     for name, table in list(transformer.rope.named_buffers()):
         delattr(transformer.rope, name)
         setattr(transformer.rope, name, table.to(device))
 
 
-def partition_weights(transformer, config):
-    """Under ZeRO-3, splits the weights among processes one by one; DeepSpeed would first move all to every GPU.
-    Returns whether it did. `config` is that of DeepSpeed, or `None`."""
-    if config is None or config["zero_optimization"]["stage"] != 3:
+def partition_weights(accelerator, transformer):
+    """Under ZeRO-3, splits the weights among processes, and returns `True`. DeepSpeed would first move all to each."""
+    config = accelerator.deepspeed_plugin.deepspeed_config if accelerator.deepspeed_plugin else {}
+    if config.get("zero_optimization", {}).get("stage") != 3:
         return False
     for parameter in transformer.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
@@ -739,16 +681,17 @@ def partition_weights(transformer, config):
     return True
 
 
-def prepare_base(accelerator, base):
-    """Makes a frozen copy of the transformer compute as the prepared one does: in the same precision, and under ZeRO-3
-    with its weights split among processes. `Accelerator.prepare` fills in the configuration first."""
-    config = deepspeed_config(accelerator)
-    if config is None:
+def load_base(accelerator, model, dtype):
+    """A frozen copy of the transformer that computes as the prepared one does: in the same precision, and under ZeRO-3
+    with its weights split among processes. `Accelerator.prepare` fills in DeepSpeed's configuration first."""
+    base = diffusers.WanTransformer3DModel.from_pretrained(**model.source, subfolder=model.expert, dtype=dtype)
+    keep_rotary_tables(base.requires_grad_(False).eval(), accelerator.device)
+    if accelerator.deepspeed_plugin is None:
         base.to(accelerator.device).forward = accelerator.autocast()(base.forward)
         return base
-    if not partition_weights(base, config):
+    if not partition_weights(accelerator, base):
         return base.bfloat16().to(accelerator.device)
-    return deepspeed.initialize(model=base, config=config)[0].eval()
+    return deepspeed.initialize(model=base, config=accelerator.deepspeed_plugin.deepspeed_config)[0].eval()
 
 
 def recompute_bias_correction(optimizer):
@@ -764,11 +707,9 @@ def recompute_bias_correction(optimizer):
 
 def gather_weights(accelerator, transformer, dtype):
     """The trained weights on the CPU, {name: `torch.Tensor` of `dtype`}, on the main process, and {} on the others,
-    which must call it too. Under ZeRO-3 they are put together one by one, so that no GPU needs room for the whole
-    model."""
-    weights, whole = {}, nullcontext
-    if deepspeed_config(accelerator) is not None:
-        whole = deepspeed.zero.GatheredParameters
+    which must call it too. Under ZeRO-3 they are put together one by one: no GPU needs room for the whole model."""
+    weights = {}
+    whole = deepspeed.zero.GatheredParameters if accelerator.deepspeed_plugin else nullcontext
     for name, parameter in accelerator.unwrap_model(transformer).named_parameters():
         if parameter.requires_grad:
             with whole([parameter]):
@@ -777,115 +718,110 @@ def gather_weights(accelerator, transformer, dtype):
     return weights
 
 
-# ---- 9. Validation: fixed prompts, fixed noise, diffusers' own pipeline. --------------------------------------------
+# ---- 9. Validation: fixed prompts and fixed noise, painted and scored. ----------------------------------------------
 @dataclass
 class RunState:
     """Where a run stands."""
 
     step: int = 0  # updates that are done
     history: list = field(default_factory=list)  # a dict for each update and each validation
-    stopped_by: int = 0  # the signal that ended the run early
 
 
 class Validation(NamedTuple):
-    """What to paint, and how. The last six are flags."""
+    """What to paint, and how."""
 
     captions: list[str]
     prompt_embeds: torch.Tensor  # (N, L, D)
     solver: Solver
     shape: tuple[int, int, int, int]  # of the latents of an image, (C, T, H, W)
+    batch_size: int  # of each process
     folder: Path  # where the images go
-    seed: int
-    train_batch_size: int
-    positive_words: tuple[str, ...]
-    negative_words: tuple[str, ...]
+    every: int  # updates between two validations
+    last: int  # the number of the last update
 
 
 @torch.no_grad()
-def paint_validation(accelerator, models, validation):
-    """Paints this process's share of the validation prompts and scores the images: a list of (number of the prompt,
-    pixels of shape (H, W, 3) uint8, reward, relative reward). The first reward is for the plain caption, the second
-    for that with the positive control words minus that with the negative ones."""
+def paint_validation(accelerator, models, recipe, validation):
+    """Paints this process's share of the validation prompts. Returns a list of (number of the prompt, pixels (H, W, 3)
+    uint8, reward for the plain caption, its reward with the positive minus that with the negative control words)."""
     count, processes, painted = len(validation.captions), accelerator.num_processes, []
+    models = models._replace(solver=validation.solver)
     # Under ZeRO-3 all processes call the transformer equally often, so the shares are filled up with repeats.
     mine = [index % count for index in range(accelerator.process_index, -(-count // processes) * processes, processes)]
-    for start in range(0, len(mine), validation.train_batch_size):
-        indices = mine[start : start + validation.train_batch_size]
-        generators = [make_generator(validation.seed, VALIDATION, index) for index in indices]
+    for start in range(0, len(mine), validation.batch_size):
+        indices = mine[start : start + validation.batch_size]
+        generators = [make_generator(recipe.seed, VALIDATION, index) for index in indices]
         noise = torch.stack([torch.randn(validation.shape, generator=generator) for generator in generators])
-        inputs = noise.to(accelerator.device), validation.prompt_embeds[indices].to(accelerator.device)
-        pixels, _ = decode_latents(models.vae, paint_latents(models._replace(solver=validation.solver), *inputs))
+        inputs = (tensor.to(accelerator.device) for tensor in (noise, validation.prompt_embeds[indices]))
+        pixels, _ = decode_latents(models.vae, paint_latents(models, *inputs))
         captions = [validation.captions[index] for index in indices]
-        texts = [put_word_before(word, captions) for word in (*validation.positive_words, *validation.negative_words)]
-        rewards, with_words = models.reward.rewards(pixels, [captions, *texts]).split([1, len(texts)])
-        positive, negative = with_words.tensor_split([len(validation.positive_words)])
+        words = *recipe.positive_words, *recipe.negative_words
+        texts = [[f"{word}. {caption}" for caption in captions] for word in words]
+        rewards = models.reward.rewards(pixels, [captions, *texts])
+        plain, positive, negative = rewards.tensor_split([1, 1 + len(recipe.positive_words)])
         relative = positive.mean(0) - negative.mean(0)
         images = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        painted += zip(indices, images, rewards[0].tolist(), relative.tolist(), strict=True)
+        painted += zip(indices, images, plain[0].tolist(), relative.tolist(), strict=True)
     return painted
 
 
-def validate(accelerator, models, validation, state):
-    """Paints and scores all validation prompts; images and scores go to the trackers and to `images/step-N/`, and the
-    means over the images, `validation_reward` and `validation_relative`, to the history of the run."""
-    captions = validation.captions
-    logger.info(f"Running validation at step {state.step}: {len(captions)} images.")
-    painted = {index: result for index, *result in gather_object(paint_validation(accelerator, models, validation))}
-    scores, images, folder = [], [], validation.folder / f"step-{state.step}"
-    for index, caption in enumerate(captions):
-        pixels, reward, relative = painted[index]
-        slug = re.sub(r"\W+", "-", caption.lower()).strip("-")[:48]
-        scores.append({"caption": caption, "image": f"{index:03d}-{slug}.png", "reward": reward, "relative": relative})
-        images.append(pixels)
+def validate(accelerator, models, recipe, validation, state):
+    """If it is time, paints and scores all prompts, into trackers, `images/step-N/` and the history of the run."""
+    if validation is None or (state.step % validation.every and state.step != validation.last):
+        return
+    if any(row["step"] == state.step and "validation_reward" in row for row in state.history):
+        return
+    logger.info(f"Running validation at step {state.step}: {len(validation.captions)} images.")
+    painted = {
+        index: result for index, *result in gather_object(paint_validation(accelerator, models, recipe, validation))
+    }
+    images, rewards, relative = zip(*(painted[index] for index in sorted(painted)), strict=True)
+    means = {"validation_reward": np.mean(rewards).item(), "validation_relative": np.mean(relative).item()}
     if accelerator.is_main_process:
+        folder, scores = validation.folder / f"step-{state.step}", []
         folder.mkdir(parents=True, exist_ok=True)
-        for row, pixels in zip(scores, images, strict=True):
-            Image.fromarray(pixels).save(folder / row["image"])
+        for index, caption in enumerate(validation.captions):
+            slug = re.sub(r"\W+", "-", caption.lower()).strip("-")[:48]
+            name = f"{index:03d}-{slug}.png"
+            Image.fromarray(images[index]).save(folder / name)
+            scores.append({"caption": caption, "image": name, "reward": rewards[index], "relative": relative[index]})
         (folder / "scores.json").write_text(json.dumps(scores, indent=1))
         for tracker in accelerator.trackers:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             if hasattr(tracker, "log_images"):
                 tracker.log_images({"validation": np.stack(images)}, step=state.step, **layout)
     accelerator.wait_for_everyone()
-    means = {f"validation_{name}": np.mean([row[name] for row in scores]).item() for name in ("reward", "relative")}
     accelerator.log(means, step=state.step)
     state.history.append({"step": state.step, **means})
 
 
 def save_before_after(folder, steps, output, columns=8):
     """Draws the first validation images of two steps, one above the other, with their rewards, as a PNG."""
-    from matplotlib.figure import Figure
-
-    folders = [folder / f"step-{step}" for step in steps]
-    scores = [json.loads((folder / "scores.json").read_text())[:columns] for folder in folders]
-    figure = Figure(figsize=(2.4 * len(scores[0]), 5.8), layout="tight")
+    scores = [json.loads((folder / f"step-{step}/scores.json").read_text())[:columns] for step in steps]
+    figure = matplotlib_figure.Figure(figsize=(2.4 * len(scores[0]), 5.8), layout="tight")
     axes = figure.subplots(2, len(scores[0]), squeeze=False)
-    for row, step, folder, images in zip(axes, steps, folders, scores, strict=True):
+    for row, step, images in zip(axes, steps, scores, strict=True):
         for axis, image in zip(row, images):  # noqa: B905  a resumed run may have more or fewer
-            axis.imshow(Image.open(folder / image["image"]))
-            axis.set_xlabel(f"reward {image['reward']:.3f}\nrelative {image['relative']:+.3f}", fontsize=8)
+            axis.imshow(Image.open(folder / f"step-{step}" / image["image"]))
             axis.set(xticks=[], yticks=[])
-            if step == steps[0]:
-                title = "\n".join(re.findall(r".{1,26}(?:\s|$)", image["caption"])[:3])
-                axis.set_title(title, fontsize=8, parse_math=False)
+            axis.set_xlabel(f"reward {image['reward']:.3f}\nrelative {image['relative']:+.3f}", fontsize=8)
+            title = "\n".join(textwrap.wrap(image["caption"], 26)[:3]) if step == steps[0] else ""
+            axis.set_title(title, fontsize=8, parse_math=False)
         row[0].set_ylabel(f"step {step}")
     figure.savefig(output, dpi=120)
 
 
 def save_reward_curve(history, output):
     """Draws rewards and scores of the training samples and of the validation images by update, as a PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4), layout="tight")
-    curves = {
-        "Reward": {"reward_positive": "-", "reward_negative": "-", "validation_reward": "ko-"},
-        "Relative score": {"score_denoise": "-", "score_inversion": "-", "validation_relative": "ko-"},
-    }
-    for axis, (title, styles) in zip(figure.subplots(1, 2), curves.items(), strict=True):
-        for name, style in styles.items():
+    figure = matplotlib_figure.Figure(figsize=(11, 4), layout="tight")
+    rewards = "reward_positive", "reward_negative", "validation_reward"
+    scores = "score_denoise", "score_inversion", "validation_relative"
+    for axis, names in zip(figure.subplots(1, 2), (rewards, scores), strict=True):
+        for name in names:
             if rows := [(row["step"], row[name]) for row in history if name in row]:
-                axis.plot(*zip(*rows, strict=True), style, label=name.replace("_", ", "), alpha=0.8)
-        axis.set(title=title, xlabel="update")
+                style = "ko-" if name.startswith("validation") else "-"
+                axis.plot(*np.transpose(rows), style, label=name.replace("_", ", "), alpha=0.8)
+        axis.set(title="Reward" if names is rewards else "Relative score", xlabel="update")
         axis.grid(alpha=0.3)
         axis.legend()
     figure.savefig(output, dpi=120)
@@ -930,7 +866,7 @@ def save_checkpoint(accelerator, transformer, run, state):
             shutil.rmtree(leftover)
     accelerator.wait_for_everyone()
     # Frozen weights are those of the base model: without DeepSpeed, `keep_lora_only` leaves them out.
-    options = {} if deepspeed_config(accelerator) is None else {"exclude_frozen_parameters": True}
+    options = {"exclude_frozen_parameters": True} if accelerator.deepspeed_plugin else {}
     accelerator.save_state(str(unfinished), **options)
     os.sync()
     accelerator.wait_for_everyone()
@@ -950,11 +886,8 @@ def save_checkpoint(accelerator, transformer, run, state):
 
 
 def find_checkpoint(run, resume_from, max_train_steps):
-    """The checkpoint that `--resume_from_checkpoint` names, or `None`, and the [`RunState`] that it holds.
-    `ValueError` if the run cannot go on with it."""
-    folder = resume_from
-    if folder == "latest":
-        folder = (list_checkpoints(run.output_dir) or [None])[-1]
+    """The checkpoint to resume from, or `None`, and its [`RunState`]. `ValueError` if the run cannot go on with it."""
+    folder = (list_checkpoints(run.output_dir) or [None])[-1] if resume_from == "latest" else resume_from
     if folder is None:
         return None, RunState()
     file = Path(folder, "trainer_state.json")
@@ -972,9 +905,8 @@ def find_checkpoint(run, resume_from, max_train_steps):
 
 
 def save_weights(weights, output_dir, expert, config, lora):
-    """Writes trained weights, {name in the transformer: `torch.Tensor`}, as diffusers reads them, and returns the
-    path: a file for a LoRA with the metadata `lora`, otherwise the folder `expert` with the `config` of the
-    transformer."""
+    """Writes trained weights, {name in the transformer: `torch.Tensor`}, as diffusers reads them: a file for a LoRA,
+    which has the metadata `lora`, else the folder `expert` with the transformer's `config`. Returns the path."""
     if lora is not None:
         layers = {name.replace(".default.", "."): weight for name, weight in weights.items()}
         diffusers.WanPipeline.save_lora_weights(output_dir, layers, transformer_lora_adapter_metadata=lora)
@@ -987,13 +919,18 @@ def save_weights(weights, output_dir, expert, config, lora):
     return folder
 
 
-MODEL_CARD = """
-# SRPO fine-tuning of {base}
+MODEL_CARD = """---
+{{ card_data }}
+---
 
-{what} of [{base}](https://huggingface.co/{base}), fine-tuned for text-to-image with SRPO on the reward of
-{flags[reward_model]}: {updates} updates{rewards}.
+# SRPO fine-tuning of {{ base }}
 
-{images}
+{{ what }} of [{{ base }}](https://huggingface.co/{{ base }}), fine-tuned for text-to-image with SRPO on the reward of
+{{ flags.reward_model }}: {{ updates }} updates{% if scores %}, relative reward {{ "%.4f" % scores[0] }} -> {{
+"%.4f" % scores[-1] }}{% endif %}.
+
+{% if scores %}![Validation images before and after training](before_after.png)
+{% endif %}
 ![Reward curve](reward.png)
 
 ## How to use it
@@ -1002,55 +939,44 @@ MODEL_CARD = """
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 
-{load_expert}
-pipe = WanPipeline.from_pretrained("{base}", {experts}, dtype=torch.bfloat16).to("cuda")
+expert = WanTransformer3DModel.from_pretrained("{{ source }}", subfolder="{{ run.expert }}", dtype=torch.bfloat16)
+{% if flags.lora_rank %}expert.load_lora_adapter("{{ run.repo_id }}", weight_name="{{ file }}", use_safetensors=True)
+{% endif %}pipe = WanPipeline.from_pretrained("{{ base }}", {{ experts }}, dtype=torch.bfloat16).to("cuda")
 image = pipe(
-    "a red fox in the snow", num_frames=1, height={flags[validation_size]}, width={flags[validation_size]},
-    num_inference_steps={flags[num_inference_steps]}, guidance_scale={flags[validation_guidance_scale]},
-    max_sequence_length={flags[max_sequence_length]}, output_type="pil",
+    "a red fox in the snow", num_frames=1, height={{ flags.validation_size }}, width={{ flags.validation_size }},
+    num_inference_steps={{ flags.num_inference_steps }}, guidance_scale={{ flags.validation_guidance_scale }},
+    max_sequence_length={{ flags.max_sequence_length }}, output_type="pil",
 ).frames[0][0]
-image.save("fox.png")
 ```
 
 ## Training settings
 
 | flag | value |
 |---|---|
-{settings}
-Method: Shen et al. 2025, *Directly Aligning the Full Diffusion Trajectory with Fine-Grained Human Preference*,
-https://arxiv.org/abs/2509.06942.
+{% for name, value in flags | dictsort if value is not none and name not in hidden %}| `--{{ name }}` | {{
+value | join(" ") if value is iterable and value is not string else value }} |
+{% endfor %}
+Method: SRPO, Shen et al. 2025, https://arxiv.org/abs/2509.06942.
 """
 
 
 def save_model_card(run, history):
     """Writes the `README.md` of the output folder: what it is, how to use it, how it was made."""
     base, rank = run.flags["pretrained_model_name_or_path"], run.flags["lora_rank"]
-    load = 'expert = WanTransformer3DModel.from_pretrained("{}", subfolder="{}", dtype=torch.bfloat16)'
-    what, load_expert, tags = f"`{run.expert}`", load.format(run.repo_id, run.expert), []
-    if rank is not None:
-        load_lora = f'expert.load_lora_adapter("{run.repo_id}", weight_name="{LORA_FILE}", use_safetensors=True)'
-        load_expert = f"{load.format(base, run.expert)}\n{load_lora}"
-        what, tags = f"A LoRA of rank {rank} for `{run.expert}`", ["lora"]
-    scores = [row["validation_relative"] for row in history if "validation_relative" in row]
-    settings = ""
-    for name, value in sorted(run.flags.items()):
-        if value is not None and name not in ("hub_token", "output_dir", "validation_prompts"):
-            value = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
-            settings += f"| `--{name}` | {value} |\n"
+    tags = ["text-to-image", "diffusers", "wan", "srpo", *(["lora"] if rank else [])]
+    data = {"license": "apache-2.0", "library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags}
     alone = "transformer=None, transformer_2=expert, boundary_ratio=1.0"
-    content = MODEL_CARD.format(
-        **{"base": base, "flags": run.flags, "what": what, "load_expert": load_expert, "settings": settings},
+    card = huggingface_hub.ModelCard.from_template(
+        huggingface_hub.ModelCardData(base_model=None if Path(base).is_dir() else base, **data),
+        template_str=MODEL_CARD,
+        **{"run": run, "flags": run.flags, "base": base, "source": base if rank else run.repo_id, "file": LORA_FILE},
+        what=f"A LoRA of rank {rank} for `{run.expert}`" if rank else f"`{run.expert}`",
         experts=alone if run.two_experts else f"{run.expert}=expert",
         updates=max((row["step"] for row in history), default=0),
-        rewards=f", relative reward {scores[0]:.4f} -> {scores[-1]:.4f}" if scores else "",
-        images="![Validation images before and after training](before_after.png)\n" if scores else "",
+        scores=[row["validation_relative"] for row in history if "validation_relative" in row],
+        hidden=("hub_token", "output_dir", "validation_prompts"),
     )
-    data = huggingface_hub.ModelCardData(
-        **{"license": "apache-2.0", "library_name": "diffusers", "pipeline_tag": "text-to-image"},
-        **{"tags": ["text-to-image", "diffusers", "wan", "srpo", *tags]},
-        base_model=None if Path(base).is_dir() else base,
-    )
-    huggingface_hub.ModelCard(f"---\n{data.to_yaml()}\n---\n{content}").save(run.output_dir / "README.md")
+    card.save(run.output_dir / "README.md")
 
 
 def save_results(accelerator, transformer, run, state):
@@ -1060,8 +986,7 @@ def save_results(accelerator, transformer, run, state):
         bare, output, images = accelerator.unwrap_model(transformer), run.output_dir, run.output_dir / "images"
         logger.info(f"Saved {save_weights(weights, output, run.expert, dict(bare.config), lora_metadata(bare))}")
         save_reward_curve(state.history, output / "reward.png")
-        painted = [row["step"] for row in state.history if "validation_relative" in row]
-        painted = [step for step in painted if (images / f"step-{step}" / "scores.json").is_file()]
+        painted = [row["step"] for row in state.history if (images / f"step-{row['step']}/scores.json").is_file()]
         if painted:
             save_before_after(images, (painted[0], painted[-1]), output / "before_after.png")
         save_model_card(run, state.history)
@@ -1076,11 +1001,12 @@ def with_retries(request, attempts=5):
         try:
             return request()
         except Exception as error:
-            while getattr(error, "response", None) is None and error.__cause__ is not None:
-                error = error.__cause__  # huggingface_hub wraps what the storage answers
-            status = getattr(getattr(error, "response", None), "status_code", 500)
-            if attempt == attempts - 1 or (status < 500 and status not in (408, 429)):
-                raise error
+            # huggingface_hub wraps what the storage answers.
+            response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
+            status = 500 if response is None else response.status_code
+            wrong = isinstance(error, (ValueError, FileNotFoundError)) or (status < 500 and status not in (408, 429))
+            if wrong or attempt == attempts - 1:
+                raise
             logger.warning(f"The Hub failed: {error}\nTrying again in {2**attempt} s.")
             time.sleep(2**attempt)
 
@@ -1088,9 +1014,9 @@ def with_retries(request, attempts=5):
 def upload(run, step):
     """Uploads the output folder without its checkpoints. If that fails, the folder is whole and a message says how."""
     ignored, folder = ["checkpoint-*", f"{run.flags['logging_dir']}/*"], str(run.output_dir)
-    options = {"commit_message": f"After {step} updates", "token": run.flags["hub_token"]}
+    options = {"repo_id": run.repo_id, "folder_path": folder, "token": run.flags["hub_token"]}
     try:
-        options |= {"repo_id": run.repo_id, "folder_path": folder, "ignore_patterns": [*ignored]}
+        options |= {"commit_message": f"After {step} updates", "ignore_patterns": [*ignored]}
         with_retries(lambda: huggingface_hub.upload_folder(**options))
     except Exception as error:  # whatever it was, the run goes on and its files are safe
         exclude = [word for pattern in ignored for word in ("--exclude", pattern)]
@@ -1101,18 +1027,16 @@ def upload(run, step):
 # ---- 11. Flags and checks: what cannot succeed is refused before any model is loaded. -------------------------------
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):  # no default where there is none, or where the help says it in words
-        said = action.default in (None, False) or "Default: " in action.help
-        return action.help if said else super()._get_help_string(action)
+        hidden = action.default is None or action.nargs == 0 or "Default: " in action.help
+        return action.help if hidden else super()._get_help_string(action)
 
 
 def parse_args(input_args=None):
     parser = argparse.ArgumentParser(
         description="Fine-tune the low-noise expert of Wan2.2 for text-to-image with SRPO.",
-        usage="accelerate launch --config_file CONFIG %(prog)s --pretrained_model_name_or_path M --dataset_name D "
-        "--reward_model {HPS,PickScore,CLIP} --reward_model_path P --output_dir O [options, see --help]",
+        usage="accelerate launch --config_file F %(prog)s --pretrained_model_name_or_path M --dataset_name D [...]",
         formatter_class=HelpFormatter,
     )
-
     # fmt: off
     add = parser.add_argument_group("model and data").add_argument
     add("--pretrained_model_name_or_path", required=True, help="Path to pretrained model or model identifier.")
@@ -1139,21 +1063,18 @@ def parse_args(input_args=None):
     add("--reward_margin", type=float, default=0.7, help="The score from which on the hinge loss is zero.")
     add("--loss_weight_shift", type=float, help="Weigh the loss at position p by this shift's curve at p / length.")
     add("--drift_weight", type=float, default=0.0, help="Weight in the loss of (velocity - untrained velocity)^2.")
-    window = {"type": int, "nargs": 2, "metavar": ("FIRST", "LAST")}
-    add("--train_timestep", **window, default=[5, 25], help="The trained steps of the num_inference_steps.")
+    add("--train_timestep", type=int, nargs=2, default=[5, 25], help="The trained steps of the num_inference_steps.")
     add("--timestep_length", type=int, default=1000, help="Number of noise levels in the trained window.")
     add("--groundtruth_ratio", type=float, default=0.9, help="Injected noise, as a share of the window.")
-    ends = {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}
-    discount = "Extra weight of the {} caption in the {} branch, at the low- and high-noise end."
-    add("--discount_pos", **ends, default=[0.1, 0.25], help=discount.format("positive", "denoise"))
-    add("--discount_inv", **ends, default=[0.3, 0.01], help=discount.format("negative", "inversion"))
+    discount = {"type": float, "nargs": 2, "help": "Extra weight of the favoured caption, at low and at high noise."}
+    add("--discount_pos", **discount, default=[0.1, 0.25])
+    add("--discount_inv", **discount, default=[0.3, 0.01])
     add("--shift", type=float, default=1.0, help="Shift of the schedule that the window is cut from.")
     add("--num_inference_steps", type=int, default=40, help="Steps of that schedule, and of validation images.")
     add = parser.add_argument_group("rollout").add_argument
     add("--sampling_steps", type=int, default=10, help="The number of denoising steps of a rollout.")
     add("--rollout_scheduler", choices=["unipc", "euler"], default="unipc", help="The solver of rollouts.")
-    add("--rollout_start", choices=["noise", "boundary"], default="noise",
-        help="boundary: from latents that the high-noise expert painted; see `embed_prompts.py --boundary_latents`.")
+    add("--rollout_start", choices=["noise", "boundary"], default="noise", help="boundary: from stored latents.")
     add("--rollout_batch_size", type=int, help="Samples to roll out at once (per device). Default: train_batch_size.")
     add("--updates_per_rollout", type=int, default=1, help="Number of updates that a rollout is used for.")
     add("--renew_noise", action="store_true", help="Also inject new noise in further updates on the same rollout.")
@@ -1164,8 +1085,7 @@ def parse_args(input_args=None):
     add("--lora_rank", type=int, help="Train a LoRA of this rank beside the weights. Default: train all weights.")
     add("--lora_alpha", type=float, help="Scale of the LoRA: alpha / rank. Default: the rank.")
     add("--lora_dropout", type=float, help="Dropout probability of the LoRA's input in the graded step. Default: 0.")
-    modules = "Names of the linear layers that get a LoRA. Default: " + " ".join(LORA_TARGET_MODULES)
-    add("--lora_target_modules", nargs="+", help=modules)
+    add("--lora_target_modules", nargs="+", help="Names of the layers that get a LoRA. Default: those of attention.")
     add("--base_weights", choices=["fp8"], help="Store frozen linear layers in float8 (e4m3), half of bf16.")
     add = parser.add_argument_group("optimization").add_argument
     add("--seed", type=int, default=42, help="A seed for reproducible training.")
@@ -1176,8 +1096,7 @@ def parse_args(input_args=None):
     schedulers = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
     add("--lr_scheduler", choices=schedulers, default="constant", help="The scheduler type to use.")
     add("--lr_warmup_steps", type=int, default=0, help="Number of steps for the warmup in the lr scheduler.")
-    add("--optimizer", choices=["adamw", "adamw_8bit"], default="adamw",
-        help="adamw_8bit: states of 8 bits, and bf16 weights that are rounded stochastically; 6 bytes each, not 16.")
+    add("--optimizer", choices=["adamw", "adamw_8bit"], default="adamw", help="adamw_8bit: 6 bytes a weight, not 16.")
     add("--adam_beta1", type=float, default=0.9, help="The beta1 parameter for the AdamW optimizer.")
     add("--adam_beta2", type=float, default=0.999, help="The beta2 parameter for the AdamW optimizer.")
     add("--adam_weight_decay", type=float, default=1e-4, help="Weight decay to use.")
@@ -1187,8 +1106,7 @@ def parse_args(input_args=None):
     add("--compile", action="store_true", help="Compile the blocks of the transformer: minutes once, then faster.")
     add("--allow_tf32", action="store_true", help="Whether or not to allow TF32 on Ampere and later GPUs.")
     add = parser.add_argument_group("validation").add_argument
-    prompts = "Prompts of the dataset to paint, or none. Default: its split `validation`, or its first four captions."
-    add("--validation_prompts", nargs="*", help=prompts)
+    add("--validation_prompts", nargs="*", help="Prompts of the dataset. Default: split `validation`, or the first 4.")
     add("--validation_steps", type=int, default=10, help="Run validation every X updates, and at the end.")
     add("--validation_size", type=int, default=1024, help="The side in pixels of validation images.")
     add("--validation_guidance_scale", type=float, default=3.0, help="Guidance scale of validation images.")
@@ -1207,14 +1125,11 @@ def parse_args(input_args=None):
     add("--hub_private_repo", action="store_true", help="Whether to create the repository as private.")
     add("--hub_strategy", choices=["end", "checkpoint"], default="end", help="Push at the end, or at checkpoints too.")
     # fmt: on
-
     args = parser.parse_args(input_args)
-    counts = (
-        "train_batch_size gradient_accumulation_steps max_train_steps max_sequence_length sampling_steps lora_rank "
-    )
+    counts = "train_batch_size gradient_accumulation_steps max_train_steps max_sequence_length sampling_steps "
     counts += "num_inference_steps validation_steps checkpointing_steps updates_per_rollout rollout_batch_size "
     for names, valid, what in (
-        (counts + "checkpoints_total_limit", lambda value: value >= 1, "at least 1"),
+        (counts + "checkpoints_total_limit lora_rank", lambda value: value >= 1, "at least 1"),
         ("shift rollout_shift loss_weight_shift max_grad_norm lora_alpha", lambda value: value > 0, "positive"),
         ("seed learning_rate drift_weight", lambda value: value >= 0, "at least 0"),
         ("timestep_length", lambda value: value >= 2 * POSITION_MARGIN, f"at least {2 * POSITION_MARGIN}"),
@@ -1224,31 +1139,27 @@ def parse_args(input_args=None):
         for name in names.split():
             if getattr(args, name) is not None and not valid(getattr(args, name)):
                 parser.error(f"`--{name}` must be {what}, but is {getattr(args, name)}.")
-    check_combinations(args, parser.error)
+    (first, last), steps = args.train_timestep, args.num_inference_steps
+    if not 0 <= first < last <= steps:
+        what = f"two growing steps of the {steps} `--num_inference_steps`"
+        parser.error(f"`--train_timestep {first} {last}` must be {what}.")
+    if args.checkpointing_steps % args.updates_per_rollout:
+        parser.error("`--checkpointing_steps` must be a multiple of `--updates_per_rollout`: rollouts are not saved.")
+    if args.renew_noise and args.updates_per_rollout == 1:
+        parser.error("`--renew_noise` needs `--updates_per_rollout` above 1; each rollout has new noise anyway.")
+    for name in ("lora_alpha", "lora_dropout", "lora_target_modules", "base_weights"):
+        if args.lora_rank is None and getattr(args, name) is not None:
+            parser.error(f"`--{name}` needs `--lora_rank`; without it there is no LoRA and all weights are trained.")
+    if args.optimizer == "adamw_8bit" and importlib.util.find_spec("torchao") is None:
+        parser.error("`--optimizer adamw_8bit` needs torchao: run `pip install torchao`.")
+    if args.hub_strategy == "checkpoint" and not args.push_to_hub:
+        parser.error("`--hub_strategy checkpoint` needs `--push_to_hub`.")
+    if args.push_to_hub and not (args.hub_token or huggingface_hub.get_token()):
+        parser.error("`--push_to_hub` needs a token: run `hf auth login` or pass `--hub_token`.")
     if args.lora_rank is not None:
         args.lora_alpha, args.lora_dropout = args.lora_alpha or args.lora_rank, args.lora_dropout or 0.0
         args.lora_target_modules = sorted(args.lora_target_modules or LORA_TARGET_MODULES)
     return args
-
-
-def check_combinations(args, error):
-    """Refuses flags that mean nothing together. `error` takes the message and does not return."""
-    (first, last), steps = args.train_timestep, args.num_inference_steps
-    if not 0 <= first < last <= steps:
-        error(f"`--train_timestep {first} {last}` must be two growing steps of the {steps} `--num_inference_steps`.")
-    if args.checkpointing_steps % args.updates_per_rollout:
-        error("`--checkpointing_steps` must be a multiple of `--updates_per_rollout`, to resume with a new rollout.")
-    if args.renew_noise and args.updates_per_rollout == 1:
-        error("`--renew_noise` needs `--updates_per_rollout` above 1; each rollout has new noise anyway.")
-    for name in ("lora_alpha", "lora_dropout", "lora_target_modules", "base_weights"):
-        if args.lora_rank is None and getattr(args, name) is not None:
-            error(f"`--{name}` needs `--lora_rank`; without it there is no LoRA and all weights are trained.")
-    if args.optimizer == "adamw_8bit" and importlib.util.find_spec("torchao") is None:
-        error("`--optimizer adamw_8bit` needs torchao: run `pip install torchao`.")
-    if args.hub_strategy == "checkpoint" and not args.push_to_hub:
-        error("`--hub_strategy checkpoint` needs `--push_to_hub`.")
-    if args.push_to_hub and not (args.hub_token or huggingface_hub.get_token()):
-        error("`--push_to_hub` needs a token: run `hf auth login` or pass `--hub_token`.")
 
 
 def settings_of(kind, flags):
@@ -1293,21 +1204,19 @@ class ModelInfo(NamedTuple):
 
 def read_model_info(args):
     """The [`ModelInfo`] of the base model from its configs. `ValueError` if it is not Wan or lacks the expert."""
-    flag, expert = (
-        f"`--pretrained_model_name_or_path {args.pretrained_model_name_or_path}`",
-        args.transformer_subfolder,
-    )
-    names = ("pretrained_model_name_or_path", "revision", "variant", "cache_dir")
-    source = {name: getattr(args, name) for name in names}
+    path, expert = args.pretrained_model_name_or_path, args.transformer_subfolder
+    names, flag = ("revision", "variant", "cache_dir"), f"`--pretrained_model_name_or_path {path}`"
+    source = {"pretrained_model_name_or_path": path, **{name: getattr(args, name) for name in names}}
     with input_error(f"{flag} is not a Wan pipeline in the layout of diffusers"), torch.device("meta"):
         index = diffusers.WanPipeline.load_config(**source)
         scheduler = diffusers.UniPCMultistepScheduler.load_config(**source, subfolder="scheduler")
         vae = diffusers.AutoencoderKLWan.from_config(diffusers.AutoencoderKLWan.load_config(**source, subfolder="vae"))
     two_experts = index.get("transformer_2", [None, None])[1] is not None
     if two_experts != (expert == "transformer_2"):
-        found = "two experts" if two_experts else "no `transformer_2`, only one expert"
-        advice = f"train it with `--transformer_subfolder {'transformer_2' if two_experts else 'transformer'}`"
-        raise ValueError(f"{flag} has {found}: {advice}.")
+        found, name = (
+            ("two experts", "transformer_2") if two_experts else ("no `transformer_2`, only one expert", "transformer")
+        )
+        raise ValueError(f"{flag} has {found}: train it with `--transformer_subfolder {name}`.")
     boundary_ratio = index.get("boundary_ratio") if two_experts else None
     if two_experts and boundary_ratio is None:
         raise ValueError(f"{flag} has no `boundary_ratio` in its model_index.json.")
@@ -1324,15 +1233,15 @@ def check_flags_for_model(args, model):
     (first, last), boundary = args.train_timestep, model.boundary_ratio
     if boundary is not None and schedule[first] > boundary + 1e-6:
         lowest = int((schedule > boundary + 1e-6).sum())
-        raise ValueError(
-            f"`--train_timestep {first} {last}` starts at sigma {schedule[first]:.3f}, above the boundary {boundary} "
-            "of the low-noise expert, which sees no such noise. The largest valid window of this schedule is "
-            f"`--train_timestep {lowest} {args.num_inference_steps}`."
+        problem = (
+            f"`--train_timestep {first} {last}` starts at sigma {schedule[first]:.3f}, above the boundary {boundary}"
         )
+        advice = f"largest valid window of this schedule is `--train_timestep {lowest} {args.num_inference_steps}`"
+        raise ValueError(f"{problem} of the low-noise expert, which sees no such noise. The {advice}.")
     if args.rollout_start == "boundary" and boundary is None:
         raise ValueError("`--rollout_start boundary` needs a model of two experts; this one has no boundary.")
     scale, (_, *patch) = model.vae.config.scale_factor_spatial, model.transformer.config.patch_size
-    validation = np.lcm(scale * patch[0], 16).item()  # WanPipeline's own demand
+    validation = np.lcm(scale * patch[0], 16).item()  # what WanPipeline demands of who paints the same
     for name, multiple in (("height", scale * patch[0]), ("width", scale * patch[1]), ("validation_size", validation)):
         if (value := getattr(args, name)) < 1 or value % multiple:
             problem = f"`--{name} {value}` must be a multiple of {multiple} for this model"
@@ -1345,9 +1254,8 @@ def check_flags_for_model(args, model):
 
 
 def weight_files(source, subfolder, stem, layer=None):
-    """The paths of the safetensors files of a model: `{stem}.safetensors` or its shards, or the one of them that holds
-    the tensor `layer`. `source` are those arguments of `from_pretrained` that say where the model is. Downloads what
-    is not there yet; `OSError` if there is no such file."""
+    """The paths of the safetensors files of a model, downloaded if need be: `{stem}.safetensors` or its shards, or the
+    one that holds the tensor `layer`. `source` are the arguments of `from_pretrained` that say where the model is."""
     path, variant = source["pretrained_model_name_or_path"], source.get("variant")
     options = {name: value for name, value in source.items() if name in ("revision", "cache_dir")}
     cached = partial(transformers.utils.cached_file, path, subfolder=subfolder, **options)
@@ -1378,8 +1286,7 @@ def read_shapes(files):
 
 
 def check_weights(model, found):
-    """Compares {name: shape} `found` in files with the tensors of a model, which may be on the meta device.
-    `ValueError` names what is missing, of another shape, or unknown."""
+    """Compares {name: shape} `found` in files with a model, e.g. on the meta device; `ValueError` if they differ."""
     names = {}  # names of the same tensor: one of them is enough
     for name, tensor in model.state_dict(keep_vars=True).items():
         names.setdefault(id(tensor), []).append(name)
@@ -1424,29 +1331,23 @@ def check_dataset(args, model):
                 raise ValueError(f"{problem} Embed the captions again for this model.")
     captions = {caption for rows in dataset.values() for caption in rows["caption"]}
     if lacking := [prompt for prompt in args.validation_prompts or () if prompt not in captions]:
-        advice = "Give it to `embed_prompts.py --validation_prompts`."
-        raise ValueError(f"`--validation_prompts`: {name} has no embedding of {lacking[0]!r}. {advice}")
+        problem = f"`--validation_prompts`: {name} has no embedding of {lacking[0]!r}."
+        raise ValueError(f"{problem} Give it to `embed_prompts.py --validation_prompts`.")
     if args.rollout_start == "boundary":
-        check_boundary_latents(dataset["train"], name, vars(args), model.flow_shift)
+        rows, wanted = dataset["train"], {**vars(args), "rollout_shift": args.rollout_shift or model.flow_shift}
+        lacking = {*BOUNDARY_COLUMNS, "boundary_settings"} - set(rows.column_names)
+        settings = [None] if lacking else rows.unique("boundary_settings")
+        if None in settings:
+            raise ValueError(f"{name} has no boundary latents, or rows without; see `embed_prompts.py --help`.")
+        for flag, found in ((flag, json.loads(each)[flag]) for each in settings for flag in BOUNDARY_FLAGS):
+            if found != wanted[flag]:
+                problem = f"{name} has boundary latents of `--{flag} {found}`, not {wanted[flag]}."
+                raise ValueError(f"{problem} Train with the same, or make others with embed_prompts.py.")
     return dataset
 
 
-def check_boundary_latents(rows, name, flags, flow_shift):
-    """Refuses rows without boundary latents, and such as were painted with other `flags`, a dict, than training's."""
-    lacking = {*BOUNDARY_COLUMNS, "boundary_settings"} - set(rows.column_names)
-    settings = [None] if lacking else rows.unique("boundary_settings")
-    if None in settings:
-        raise ValueError(f"{name} has no boundary latents, or rows without; see `embed_prompts.py --help`.")
-    wanted = {**flags, "rollout_shift": flags["rollout_shift"] or flow_shift}
-    for flag, found in ((flag, json.loads(each)[flag]) for each in settings for flag in BOUNDARY_FLAGS):
-        if found != wanted[flag]:
-            problem = f"{name} has boundary latents of `--{flag} {found}`, not {wanted[flag]}."
-            raise ValueError(f"{problem} Train with the same, or make others with embed_prompts.py.")
-
-
 def check_reward(args):
-    """Fills in the defaults of `--reward_model_path` and `--reward_processor_path` and refuses a checkpoint that is
-    missing or of another architecture."""
+    """Fills in defaults of the reward's paths. Refuses a checkpoint that is missing or of another architecture."""
     if args.reward_model == "HPS":
         with input_error(f"Without `--reward_model_path`, {HPS_FILE} is needed from the Hub, which failed"):
             path = args.reward_model_path or huggingface_hub.hf_hub_download(HPS_REPOSITORY, HPS_FILE)
@@ -1459,7 +1360,6 @@ def check_reward(args):
         with input_error(f"`--reward_model_path {path}` is not of the architecture {HPS_ARCHITECTURE}"):
             check_weights(HPSReward.empty_model(), found)
         return
-
     if args.reward_model == "PickScore":
         args.reward_processor_path = args.reward_processor_path or PICKSCORE_PROCESSOR
         args.reward_model_path = args.reward_model_path or PICKSCORE_REPOSITORY
@@ -1479,19 +1379,15 @@ def check_reward(args):
 
 def check_output_dir(output_dir, resume_from, overwrite):
     """Refuses to write into the output of another run, and a checkpoint to resume from that is not there."""
-    output = Path(output_dir)
-    named = resume_from not in (None, "latest")
-    if named and (Path(resume_from).suffix == ".unfinished" or not Path(resume_from, "trainer_state.json").is_file()):
-        found = ", ".join(map(str, list_checkpoints(output))) or "none"
-        advice = f"`output_dir` has {found}."
+    output, named = Path(output_dir), resume_from not in (None, "latest")
+    if named and (resume_from.endswith(".unfinished") or not Path(resume_from, "trainer_state.json").is_file()):
+        advice = f"`output_dir` has {', '.join(map(str, list_checkpoints(output))) or 'none'}."
         raise ValueError(f"`--resume_from_checkpoint {resume_from}` is not a complete checkpoint; {advice}")
     if output.exists() and not output.is_dir():
         raise ValueError(f"`--output_dir {output}` is a file.")
     if output.is_dir() and any(output.iterdir()) and not (resume_from or overwrite):
-        raise ValueError(
-            f"`--output_dir {output}` is not empty. Choose another, continue its run with `--resume_from_checkpoint "
-            "latest`, or delete it with `--overwrite_output_dir`."
-        )
+        advice = "continue its run with `--resume_from_checkpoint latest`, or delete it with `--overwrite_output_dir`"
+        raise ValueError(f"`--output_dir {output}` is not empty. Choose another, {advice}.")
 
 
 def check_deepspeed(args, config, num_processes):
@@ -1514,39 +1410,33 @@ def check_deepspeed(args, config, num_processes):
         ("gradient_clipping", args.max_grad_norm, "max_grad_norm"),
     ):
         if config.get(name, "auto") not in ("auto", value):
-            problem = (
-                f"The DeepSpeed file says `{name}` {config[name]}, but `--{flag}` and {num_processes} processes make"
-            )
-            raise ValueError(f'{problem} it {value}. Write "auto" into the file, or change the flag.')
+            problem = f"The DeepSpeed file says `{name}` {config[name]}, but `--{flag}` and {num_processes} processes"
+            raise ValueError(f'{problem} make it {value}. Write "auto" into the file, or change the flag.')
 
 
 # ---- 12. Set-up, and the run. ---------------------------------------------------------------------------------------
 def make_accelerator(args):
-    """The [`Accelerator`] of the run, with DeepSpeed's settings filled in from the script's flags."""
-    # Will error if the minimal version of diffusers is not installed. Remove at your own risks.
+    """The [`Accelerator`] of the run, with DeepSpeed's settings filled in from the flags. Sets up libraries, too."""
     diffusers.utils.check_min_version("0.40.0")
     transformers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.set_verbosity_error()
-    on_cpu = not torch.accelerator.is_available()
-    uses_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    set_seed(args.seed)
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    on_cpu, uses_deepspeed = not torch.accelerator.is_available(), os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     # The others wait while one process downloads or writes a model. On CPUs DeepSpeed must not look for NCCL.
-    process_group = InitProcessGroupKwargs(timeout=timedelta(hours=2))
-    if on_cpu and uses_deepspeed:
-        process_group.backend = "gloo"
-    logging_dir = str(Path(args.output_dir, args.logging_dir))
+    group = {"timeout": timedelta(hours=2), **({"backend": "gloo"} if on_cpu and uses_deepspeed else {})}
+    options = {"cpu": on_cpu and not uses_deepspeed, "kwargs_handlers": [InitProcessGroupKwargs(**group)]}
+    options["project_config"] = ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir)))
+    options["gradient_accumulation_steps"] = args.gradient_accumulation_steps
+    options["step_scheduler_with_optimizer"] = False  # the learning rate follows updates, not updates times processes
     file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     with input_error(f"`accelerate launch` and its configuration files (DeepSpeed: `{file}`) cannot be used together"):
-        accelerator = Accelerator(
-            cpu=on_cpu and not uses_deepspeed,
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
-            log_with=None if args.report_to == "none" else args.report_to,
-            project_config=ProjectConfiguration(args.output_dir, logging_dir=logging_dir),
-            step_scheduler_with_optimizer=False,  # the learning rate follows updates, not updates times processes
-            kwargs_handlers=[process_group],
-        )
+        accelerator = Accelerator(log_with=None if args.report_to == "none" else args.report_to, **options)
     if accelerator.mixed_precision == "fp16":
         raise ValueError("`mixed_precision: fp16` is too narrow for Wan's transformer. Use bf16.")
-    if (config := deepspeed_config(accelerator)) is not None:
+    if accelerator.deepspeed_plugin:
+        config = accelerator.deepspeed_plugin.deepspeed_config
         check_deepspeed(args, config, accelerator.num_processes)
         # "auto" in the JSON would become 1.0, whatever `--max_grad_norm` says, and DeepSpeed does the clipping.
         config["gradient_clipping"] = args.max_grad_norm
@@ -1559,35 +1449,32 @@ def make_accelerator(args):
 def make_run(accelerator, args, model, dtype):
     """The [`Run`] of the flags."""
     engine, batch = "without DeepSpeed", ("train_batch_size", "gradient_accumulation_steps", "updates_per_rollout")
-    if (config := deepspeed_config(accelerator)) is not None:
+    if accelerator.deepspeed_plugin:
+        config = accelerator.deepspeed_plugin.deepspeed_config
         zero, masters = config["zero_optimization"], "bf16_master_weights_and_grads"
         options = [name for name in ("offload_param", "offload_optimizer") if name in zero]
         options += [masters] if config.get("bf16", {}).get(masters) else []
         engine = ", ".join([f"ZeRO-{zero['stage']}", *options])
     fingerprint = weights_fingerprint(model.source, model.expert, DIFFUSERS_STEM, TRANSFORMER_LAYER)
-    identity = {
-        "engine": engine,
-        "mixed_precision": accelerator.mixed_precision,
-        "num_processes": accelerator.num_processes,
-        **{name: getattr(args, name) for name in ("transformer_subfolder", "optimizer", *batch)},
-        "base model, by a hash of its weights": fingerprint,
-        "LoRA rank, alpha and modules": [args.lora_rank, args.lora_alpha, args.lora_target_modules],
-        "learning rate and schedule": [args.learning_rate, args.lr_scheduler, args.lr_warmup_steps],
-        "betas, epsilon and decay": [args.adam_beta1, args.adam_beta2, args.adam_epsilon, args.adam_weight_decay],
-    }
+    identity = {"engine": engine, "mixed_precision": accelerator.mixed_precision}
+    identity |= {"num_processes": accelerator.num_processes, "base model, by a hash of its weights": fingerprint}
+    identity |= {name: getattr(args, name) for name in ("transformer_subfolder", "optimizer", *batch)}
+    identity["LoRA rank, alpha and modules"] = [args.lora_rank, args.lora_alpha, args.lora_target_modules]
+    identity["learning rate and schedule"] = [args.learning_rate, args.lr_scheduler, args.lr_warmup_steps]
+    adam = [args.adam_beta1, args.adam_beta2, args.adam_epsilon, args.adam_weight_decay]
+    identity["betas, epsilon and decay"] = adam
     repo_id, two_experts = args.hub_model_id or Path(args.output_dir).resolve().name, model.boundary_ratio is not None
     return Run(Path(args.output_dir), vars(args), model.expert, two_experts, dtype, identity, repo_id)
 
 
 def prepare_output(accelerator, run):
-    """Clears what an earlier run left if `--overwrite_output_dir`, starts logging, details to `train.log` only, and
-    creates the repository to push to, if it is not there. Returns the [`Run`] with its whole name."""
+    """Makes output folder and repository, and starts logging, details to `train.log` only. Returns the new [`Run`]."""
     logging.basicConfig(format=LOG_FORMAT, datefmt="%m/%d/%Y %H:%M:%S")
     for handler in logging.getLogger().handlers:
         handler.setLevel(logging.INFO)
     logger.setLevel(logging.DEBUG)
-    flags, output = run.flags, run.output_dir
     if accelerator.is_main_process:
+        flags, output = run.flags, run.output_dir
         if flags["push_to_hub"]:
             options = {"private": flags["hub_private_repo"], "token": flags["hub_token"], "exist_ok": True}
             with input_error(f"`--push_to_hub` cannot create `{run.repo_id}`; see `--hub_model_id` and `--hub_token`"):
@@ -1614,8 +1501,7 @@ def handle_stop_signals(handler, _worker=None):
 
 
 def set_up_transformer(transformer, args):
-    """Decides what of a transformer is trained, all or a LoRA, and how it is stored and computed. Returns it in eval
-    mode: the dropout of a LoRA, too, belongs to the graded step alone."""
+    """Decides what of a transformer is trained, and how it is stored and computed. Returns it, without dropout yet."""
     transformer.requires_grad_(args.lora_rank is None)
     dtype = transformer.dtype
     if args.lora_rank is not None:
@@ -1631,34 +1517,23 @@ def set_up_transformer(transformer, args):
     return transformer.eval()
 
 
-def load_models(accelerator, args, model, dtypes):
-    """The [`Models`] of the flags, without the embedding of the negative prompt. Frozen models are on their device,
-    the transformer is where it was loaded. `dtypes` are those of [`choose_dtypes`]."""
+def load_models(accelerator, args, model, dtypes, negative_prompt_embeds):
+    """The [`Models`] of the flags; see [`choose_dtypes`] for `dtypes`."""
     device, (weight_dtype, transformer_dtype) = accelerator.device, dtypes
     vae = diffusers.AutoencoderKLWan.from_pretrained(**model.source, subfolder="vae", dtype=weight_dtype)
+    flatten_vae(vae).requires_grad_(False).eval().to(device)
     options = {"device": device, "dtype": torch.bfloat16 if args.reward_dtype == "bf16" else torch.float32}
-    if args.reward_model == "HPS":
-        reward = HPSReward(args.reward_model_path, **options)
-    else:
-        reward = CLIPReward(args.reward_model_path, args.reward_processor_path, **options)
-    load_expert = partial(diffusers.WanTransformer3DModel.from_pretrained, **model.source, subfolder=model.expert)
-    transformer, base = load_expert(dtype=transformer_dtype), None
+    kind = HPSReward if args.reward_model == "HPS" else partial(CLIPReward, processor_path=args.reward_processor_path)
+    reward = kind(args.reward_model_path, **options)
+    expert = {**model.source, "subfolder": model.expert, "dtype": transformer_dtype}
+    transformer = diffusers.WanTransformer3DModel.from_pretrained(**expert)
     torch.manual_seed(args.seed)  # all processes make the same LoRA
-    set_up_transformer(transformer, args)
-    keep_rotary_tables(transformer, device)
-    if args.drift_weight and args.lora_rank is None:
-        base = load_expert(dtype=weight_dtype).requires_grad_(False).eval()
-        keep_rotary_tables(base, device)
+    keep_rotary_tables(set_up_transformer(transformer, args), device)
     scheduler = make_scheduler(args.rollout_scheduler, args.rollout_shift or model.flow_shift)
     boundary = model.boundary_ratio if args.rollout_start == "boundary" else None
-    return Models(
-        transformer=transformer,
-        vae=flatten_vae(vae).requires_grad_(False).eval().to(device),
-        reward=reward,
-        solver=Solver(scheduler, args.sampling_steps, args.rollout_guidance_scale, boundary),
-        token_patch=model.transformer.config.patch_size if model.expand_timesteps else None,
-        base=base,
-    )
+    solver = Solver(scheduler, args.sampling_steps, args.rollout_guidance_scale, boundary)
+    token_patch = model.transformer.config.patch_size if model.expand_timesteps else None
+    return Models(transformer, vae, reward, solver, negative_prompt_embeds, token_patch)
 
 
 def make_optimizer(args, parameters):
@@ -1666,10 +1541,8 @@ def make_optimizer(args, parameters):
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
     optimizer = partial(torch.optim.AdamW, fused=True)  # one kernel for all weights
     if args.optimizer == "adamw_8bit":
-        from torchao.optim import AdamW8bit  # optional
-
         # An update of 5e-6 is less than half a bf16 unit of most weights: rounded to the nearest, it would be lost.
-        optimizer = partial(AdamW8bit, bf16_stochastic_round=True)
+        optimizer = partial(torchao_optim.AdamW8bit, bf16_stochastic_round=True)
     betas = (args.adam_beta1, args.adam_beta2)
     return optimizer(parameters, args.learning_rate, betas, args.adam_epsilon, args.adam_weight_decay)
 
@@ -1685,22 +1558,14 @@ def make_validation(args, dataset, collate, model):
     rows = [rows.get(caption) or dataset["train"][numbers[caption]] for caption in captions]
     scheduler = diffusers.UniPCMultistepScheduler.from_pretrained(**model.source, subfolder="scheduler")
     solver = Solver(scheduler, args.num_inference_steps, args.validation_guidance_scale)
-    own = {"captions": captions, "prompt_embeds": collate(rows)["prompt_embeds"], "solver": solver}
-    own |= {"shape": model.latent_shape(args.validation_size, args.validation_size)}
-    return settings_of(Validation, vars(args) | own | {"folder": Path(args.output_dir, "images")})
-
-
-def make_batches(sampler, rows, collate, num_workers, pin_memory):
-    """An iterator over the micro-batches of this process: pairs of sample numbers and what `collate` made of them."""
-    options = {"num_workers": num_workers, "worker_init_fn": partial(handle_stop_signals, signal.SIG_IGN)}
-    options |= {"batch_sampler": sampler, "collate_fn": collate, "pin_memory": pin_memory}
-    dataloader = torch.utils.data.DataLoader(rows.with_format("numpy"), **options)
-    return zip(map(sampler.samples, sampler.numbers), dataloader, strict=True)
+    shape, folder = model.latent_shape(args.validation_size, args.validation_size), Path(args.output_dir, "images")
+    settings = args.train_batch_size, folder, args.validation_steps, args.max_train_steps
+    return Validation(captions, collate(rows)["prompt_embeds"], solver, shape, *settings)
 
 
 def gather_means(accelerator, metrics, received):
-    """The means of {name: tensor of shape ()} over all processes, as floats, and the signal, if any, that one of them
-    has `received`. Apart from what UniPC and DeepSpeed do, this is where an update waits for the GPU."""
+    """The means of {name: tensor of shape ()} over all processes, as floats, and the signal that one of them has
+    `received`, or 0. Apart from what UniPC and DeepSpeed do, this is where an update waits for the GPU."""
     received = torch.tensor(float(received), device=accelerator.device)
     gathered = accelerator.gather(torch.stack([*metrics.values(), received])[None])
     *means, received = torch.cat([gathered.mean(0)[:-1], gathered.max(0).values[-1:]]).tolist()
@@ -1717,34 +1582,29 @@ def main(args):
         check_reward(args)
         check_model_files(model)
         accelerator = make_accelerator(args)
-        config, device = deepspeed_config(accelerator), accelerator.device
-        dtypes = choose_dtypes(accelerator.mixed_precision, args.optimizer, args.lora_rank, config is not None)
+        device, uses_deepspeed = accelerator.device, accelerator.deepspeed_plugin is not None
+        dtypes = choose_dtypes(accelerator.mixed_precision, args.optimizer, args.lora_rank, uses_deepspeed)
         run = make_run(accelerator, args, model, dtypes[0])
         checkpoint, state = find_checkpoint(run, args.resume_from_checkpoint, args.max_train_steps)
         run = prepare_output(accelerator, run)
     if args.resume_from_checkpoint and checkpoint is None:
         logger.warning(f"`{args.output_dir}` holds no checkpoint yet: training starts at step 0.")
     logger.info(accelerator.state, main_process_only=False)
-    set_seed(args.seed)
-    if args.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-
     # 2. Load models and data. Captions were encoded before, so the text encoder stays on disk.
     collate = partial(collate_fn, max_sequence_length=args.max_sequence_length, dtype=dtypes[1])
     negative = collate([dataset["negative"][0]])["prompt_embeds"].to(device)
-    models = load_models(accelerator, args, model, dtypes)._replace(negative_prompt_embeds=negative)
-    validation = make_validation(args, dataset, collate, model)
-    transformer, base = models.transformer, models.base
-    partition_weights(transformer, config)
-    optimizer = make_optimizer(args, transformer.parameters())
-    transformer, optimizer = accelerator.prepare(transformer, optimizer)
-    models = models._replace(transformer=transformer, base=base and prepare_base(accelerator, base))
+    models = load_models(accelerator, args, model, dtypes, negative)
+    recipe, validation = settings_of(Recipe, vars(args)), make_validation(args, dataset, collate, model)
+    partition_weights(accelerator, models.transformer)
+    optimizer = make_optimizer(args, models.transformer.parameters())
+    transformer, optimizer = accelerator.prepare(models.transformer, optimizer)
+    base = load_base(accelerator, model, dtypes[0]) if args.drift_weight and args.lora_rank is None else None
+    models = models._replace(transformer=transformer, base=base)
     # With offload, DeepSpeed's AdamW for the CPU replaces the optimizer; the schedule must set the rate of that one.
-    adam = optimizer.optimizer if config is None else optimizer.optimizer.optimizer
+    adam = optimizer.optimizer.optimizer if uses_deepspeed else optimizer.optimizer
     recompute_bias_correction(adam)
-    lr_scheduler = diffusers.optimization.get_scheduler(
-        args.lr_scheduler, adam, None, args.lr_warmup_steps, args.max_train_steps
-    )
+    schedule = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
+    lr_scheduler = diffusers.optimization.get_scheduler(args.lr_scheduler, adam, **schedule)
     accelerator.register_for_checkpointing(lr_scheduler)
     if args.lora_rank is not None:
         accelerator.register_save_state_pre_hook(keep_lora_only)
@@ -1752,29 +1612,28 @@ def main(args):
     accelerator.init_trackers(TRACKER_NAME, config=flags)
 
     # 3. Paint what the base model paints, and go on where a checkpoint stands.
-    def validate_if_due():
-        due = state.step % args.validation_steps == 0 or state.step == args.max_train_steps
-        done = any(row["step"] == state.step and "validation_reward" in row for row in state.history)
-        if validation is not None and due and not done:
-            validate(accelerator, models, validation, state)
-
     if checkpoint is not None:
         if validation is not None and not (validation.folder / "step-0" / "scores.json").is_file():
-            validate(accelerator, models, validation, RunState())
-        lenient = "strict" if config is None else "load_module_strict"  # frozen weights under a LoRA are there already
+            validate(accelerator, models, recipe, validation, RunState())
+        lenient = "load_module_strict" if uses_deepspeed else "strict"  # frozen weights under a LoRA are there already
         accelerator.load_state(str(checkpoint), **({} if args.lora_rank is None else {lenient: False}))
         logger.info(f"Resumed from {checkpoint} at step {state.step}")
-    validate_if_due()
-
+    validate(accelerator, models, recipe, validation, state)
     # 4. What an update is made of.
-    recipe, shape = settings_of(Recipe, vars(args)), model.latent_shape(args.height, args.width)
+    shape = model.latent_shape(args.height, args.width)
     accumulation, reuses = args.gradient_accumulation_steps, args.updates_per_rollout
     numbers = range(state.step // reuses * accumulation, -(-args.max_train_steps // reuses) * accumulation)
     share = args.train_batch_size, accelerator.process_index, accelerator.num_processes
     sampler = SampleSampler(len(dataset["train"]), args.seed, numbers, *share)
     columns = ["caption", "prompt_embeds", *(BOUNDARY_COLUMNS if args.rollout_start == "boundary" else ())]
-    rows = dataset["train"].select_columns(columns)
-    batches = make_batches(sampler, rows, collate, args.dataloader_num_workers, device.type == "cuda")
+    rows = dataset["train"].select_columns(columns).with_format("numpy")
+    workers = {
+        "num_workers": args.dataloader_num_workers,
+        "worker_init_fn": partial(handle_stop_signals, signal.SIG_IGN),
+    }
+    options = {"batch_sampler": sampler, "collate_fn": collate, "pin_memory": device.type == "cuda"}
+    dataloader = torch.utils.data.DataLoader(rows, **options, **workers)
+    batches = zip(map(sampler.samples, sampler.numbers), dataloader, strict=True)
     samples_per_update = args.train_batch_size * accelerator.num_processes * accumulation
     logger.info("***** Running training *****")
     logger.info(f"  Num captions = {len(rows)}")
@@ -1784,7 +1643,7 @@ def main(args):
     bar = {"desc": "Steps", "disable": not accelerator.is_local_main_process}  # one on each machine
     progress_bar = tqdm(total=args.max_train_steps, initial=state.step, **bar)
     # A signal is remembered, so that the update at hand is finished and saved before the run ends.
-    signals = [0]
+    signals, stopped_by = [0], 0
     handle_stop_signals(lambda number, _frame: signals.append(number))
 
     for step in range(state.step, args.max_train_steps):
@@ -1795,16 +1654,17 @@ def main(args):
             batch_size = args.rollout_batch_size or args.train_batch_size
             rollouts = make_rollouts(models, islice(batches, accumulation), recipe, shape, group, batch_size)
         elif args.renew_noise:
-            rollouts = [renew_noise(rollout, recipe, group, reuse) for rollout in rollouts]
+            new = (draw_noise(recipe, shape, group, rollout.samples, reuse) for rollout in rollouts)
+            rollouts = [each._replace(noise=next(new).to(device, non_blocking=True)) for each in rollouts]
         # 6. Inject noise, step, recover, decode, score, back-propagate, update.
         metrics = update(accelerator, models, optimizer, rollouts, recipe, step)
         # 7. Log.
-        metrics, received = gather_means(accelerator, metrics, signals[-1])
-        if not np.isfinite(list(metrics.values())).all():
-            raise SystemExit(f"error: not finite at step {step + 1}: {metrics}")
+        logs, received = gather_means(accelerator, metrics, signals[-1])
+        if not np.isfinite(list(logs.values())).all():
+            raise SystemExit(f"error: not finite at step {step + 1}: {logs}")
         seconds, host = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else host
-        logs = {**metrics, "lr": float(lr_scheduler.get_last_lr()[0]), "seconds": seconds}
+        logs |= {"lr": float(lr_scheduler.get_last_lr()[0]), "seconds": seconds}
         logs |= {"images_per_second": samples_per_update / seconds, "peak_memory_gb": peak / 1e9}
         lr_scheduler.step()
         state.step += 1
@@ -1814,25 +1674,24 @@ def main(args):
         progress_bar.set_postfix(loss=f"{logs['loss']:.4f}", reward=f"{logs['reward_positive']:.4f}")
         logger.debug(f"step {state.step}: " + ", ".join(f"{name} {value:.5g}" for name, value in logs.items()))
         # 8. Images and checkpoints. A rollout is not saved, so it is used up before the run stops.
-        state.stopped_by = received if reuse == reuses - 1 else 0
-        if not state.stopped_by:
-            validate_if_due()
-        if state.step % args.checkpointing_steps == 0 or state.stopped_by:
+        stopped_by = received if reuse == reuses - 1 else 0
+        if not stopped_by:
+            validate(accelerator, models, recipe, validation, state)
+        if state.step % args.checkpointing_steps == 0 or stopped_by:
             save_checkpoint(accelerator, transformer, run, state)
-            if args.hub_strategy == "checkpoint" and not state.stopped_by and state.step < args.max_train_steps:
+            if args.hub_strategy == "checkpoint" and not stopped_by and state.step < args.max_train_steps:
                 save_results(accelerator, transformer, run, state)
-        if state.stopped_by:
+        if stopped_by:
             break
 
     progress_bar.close()
-    if not state.stopped_by:
+    if not stopped_by:
         save_results(accelerator, transformer, run, state)
     accelerator.end_training()
-    if state.stopped_by:
-        how = "Continue with the same command and `--resume_from_checkpoint latest`."
-        name = signal.Signals(state.stopped_by).name
-        logger.warning(f"Stopped by {name} after {state.step} updates, which are saved. {how}")
-        raise SystemExit(128 + state.stopped_by)
+    if stopped_by:
+        what = f"Stopped by {signal.Signals(stopped_by).name} after {state.step} updates, which are saved."
+        logger.warning(f"{what} Continue with the same command and `--resume_from_checkpoint latest`.")
+        raise SystemExit(128 + stopped_by)
 
 
 if __name__ == "__main__":
