@@ -61,23 +61,22 @@ def train_plain(flags, output_dir, updates):
             yield step + 1, seconds, loop.transformer.state_dict()
 
 
-def train(flags, output_dir, updates):
+def train(flags, output_dir, updates, every=EVERY):
     """The same with the trainer, which runs to its end first and leaves a checkpoint at each."""
-    output = ["--output_dir", output_dir, "--checkpointing_steps", EVERY, "--checkpoints_total_limit", updates]
+    output = ["--output_dir", output_dir, "--checkpointing_steps", every, "--checkpoints_total_limit", updates]
     times = run_trainer([*flags, *output, "--max_train_steps", updates, "--validation_prompts"])
-    for step in range(EVERY, updates + 1, EVERY):
+    for step in range(every, updates + 1, every):
         yield step, sum(times[:step]), load_file(output_dir / f"checkpoint-{step}" / "model.safetensors")
 
 
-def judge_run(settings, run, at=range(EVERY, LONGEST + 1, EVERY)):
-    """Judges what [`train`] yields after these numbers of updates; prints and yields a row of the table for each."""
+def judge_run(settings, run):
+    """Judges what [`train`] yields; prints and yields a row of the table for each."""
     for updates, seconds, weights in run:
-        if updates in at:
-            expert = WanTransformer3DModel.from_pretrained(MINIATURE / "model", subfolder="transformer_2")
-            expert.load_state_dict(weights)
-            row = {"settings": settings, "updates": updates, "seconds": seconds, **judge(expert)}
-            print(table_line(row), flush=True)
-            yield row
+        expert = WanTransformer3DModel.from_pretrained(MINIATURE / "model", subfolder="transformer_2")
+        expert.load_state_dict(weights)
+        row = {"settings": settings, "updates": updates, "seconds": seconds, **judge(expert)}
+        print(table_line(row), flush=True)
+        yield row
 
 
 def table_line(row):
@@ -140,12 +139,12 @@ def compare(output_dir):
     (output_dir / "effect.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
-def compare_settings(output_dir, name, settings, updates, at):
-    """Trains with each of {row of the table: flags} and judges it after the numbers of updates in `at`."""
+def compare_settings(output_dir, name, settings, updates, every):
+    """Trains with each of {row of the table: flags} and judges it after `every` so many updates."""
     folder, rows = output_dir / name, []
     common = prepare(folder)
     for number, (label, flags) in enumerate(settings.items()):
-        rows += judge_run(label, train([*common, *flags], folder / str(number), updates), at)
+        rows += judge_run(label, train([*common, *flags], folder / str(number), updates, every))
     print_table(rows)
     (output_dir / f"{name}.json").write_text(json.dumps(rows, indent=2) + "\n")
 
@@ -155,7 +154,7 @@ def compare_reuse(output_dir):
     common, reuse = [*DEMO_WITHOUT_DRIFT, *FAST[:2]], "--updates_per_rollout"
     settings = {f"{number}, same noise": [*common, reuse, number] for number in (1, 2, 4, 8)}
     settings |= {f"{number}, new noise": [*common, reuse, number, "--renew_noise"] for number in (4, 8)}
-    compare_settings(output_dir, "reuse", settings, 16, (16,))
+    compare_settings(output_dir, "reuse", settings, 16, every=16)
 
 
 def compare_windows(output_dir):
@@ -166,13 +165,13 @@ def compare_windows(output_dir):
         for rate in ("2e-5", "5e-5")
         for window, flags in windows.items()
     }
-    compare_settings(output_dir, "windows", settings, 32, (16, 32))
+    compare_settings(output_dir, "windows", settings, 32, every=16)
 
 
 def compare_drift(output_dir):
     """The training of `make demo` with other weights of the drift term."""
     settings = {f"weight {weight}": [*DEMO, "--drift_weight", weight] for weight in (0, 0.03, 0.1, 0.3, 1)}
-    compare_settings(output_dir, "drift", settings, 32, (32,))
+    compare_settings(output_dir, "drift", settings, 32, every=32)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, distance, gradient_descent, load_weights, run_command
+from helpers import MINIATURE, ROOT, distance, gradient_descent, load_weights, run_command
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,8 @@ def test_the_stations_add_up_to_the_step(step_time):
 
 @pytest.fixture
 def measure(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    for folder in (MINIATURE, ROOT / "benchmarks"):
+        monkeypatch.syspath_prepend(folder)
     measure = importlib.import_module("measure")
     monkeypatch.setattr(measure, "DEVICE", torch.device("cpu"))
     return measure
