@@ -1627,12 +1627,10 @@ def main(args):
     sampler = SampleSampler(len(dataset["train"]), args.seed, numbers, *share)
     columns = ["caption", "prompt_embeds", *(BOUNDARY_COLUMNS if args.rollout_start == "boundary" else ())]
     rows = dataset["train"].select_columns(columns).with_format("numpy")
-    workers = {
-        "num_workers": args.dataloader_num_workers,
-        "worker_init_fn": partial(handle_stop_signals, signal.SIG_IGN),
-    }
-    options = {"batch_sampler": sampler, "collate_fn": collate, "pin_memory": device.type == "cuda"}
-    dataloader = torch.utils.data.DataLoader(rows, **options, **workers)
+    options = {"num_workers": args.dataloader_num_workers, "pin_memory": device.type == "cuda"}
+    options |= {"batch_sampler": sampler, "collate_fn": collate}
+    options["worker_init_fn"] = partial(handle_stop_signals, signal.SIG_IGN)
+    dataloader = torch.utils.data.DataLoader(rows, **options)
     batches = zip(map(sampler.samples, sampler.numbers), dataloader, strict=True)
     samples_per_update = args.train_batch_size * accelerator.num_processes * accumulation
     logger.info("***** Running training *****")
@@ -1646,44 +1644,46 @@ def main(args):
     signals, stopped_by = [0], 0
     handle_stop_signals(lambda number, _frame: signals.append(number))
 
-    for step in range(state.step, args.max_train_steps):
-        started = time.perf_counter()
-        group, reuse = divmod(step, reuses)
-        # 5. Clean latents, rolled out without gradient. Several updates may share them.
-        if reuse == 0:
-            batch_size = args.rollout_batch_size or args.train_batch_size
-            rollouts = make_rollouts(models, islice(batches, accumulation), recipe, shape, group, batch_size)
-        elif args.renew_noise:
-            new = (draw_noise(recipe, shape, group, rollout.samples, reuse) for rollout in rollouts)
-            rollouts = [each._replace(noise=next(new).to(device, non_blocking=True)) for each in rollouts]
-        # 6. Inject noise, step, recover, decode, score, back-propagate, update.
-        metrics = update(accelerator, models, optimizer, rollouts, recipe, step)
-        # 7. Log.
-        logs, received = gather_means(accelerator, metrics, signals[-1])
-        if not np.isfinite(list(logs.values())).all():
-            raise SystemExit(f"error: not finite at step {step + 1}: {logs}")
-        seconds, host = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else host
-        logs |= {"lr": float(lr_scheduler.get_last_lr()[0]), "seconds": seconds}
-        logs |= {"images_per_second": samples_per_update / seconds, "peak_memory_gb": peak / 1e9}
-        lr_scheduler.step()
-        state.step += 1
-        state.history.append({"step": state.step, **logs})
-        accelerator.log(logs, step=state.step)
-        progress_bar.update(1)
-        progress_bar.set_postfix(loss=f"{logs['loss']:.4f}", reward=f"{logs['reward_positive']:.4f}")
-        logger.debug(f"step {state.step}: " + ", ".join(f"{name} {value:.5g}" for name, value in logs.items()))
-        # 8. Images and checkpoints. A rollout is not saved, so it is used up before the run stops.
-        stopped_by = received if reuse == reuses - 1 else 0
-        if not stopped_by:
-            validate(accelerator, models, recipe, validation, state)
-        if state.step % args.checkpointing_steps == 0 or stopped_by:
-            save_checkpoint(accelerator, transformer, run, state)
-            if args.hub_strategy == "checkpoint" and not stopped_by and state.step < args.max_train_steps:
-                save_results(accelerator, transformer, run, state)
-        if stopped_by:
-            break
-
+    try:
+        for step in range(state.step, args.max_train_steps):
+            started = time.perf_counter()
+            group, reuse = divmod(step, reuses)
+            # 5. Clean latents, rolled out without gradient. Several updates may share them.
+            if reuse == 0:
+                batch_size = args.rollout_batch_size or args.train_batch_size
+                rollouts = make_rollouts(models, islice(batches, accumulation), recipe, shape, group, batch_size)
+            elif args.renew_noise:
+                new = (draw_noise(recipe, shape, group, rollout.samples, reuse) for rollout in rollouts)
+                rollouts = [each._replace(noise=next(new).to(device, non_blocking=True)) for each in rollouts]
+            # 6. Inject noise, step, recover, decode, score, back-propagate, update.
+            metrics = update(accelerator, models, optimizer, rollouts, recipe, step)
+            # 7. Log.
+            logs, received = gather_means(accelerator, metrics, signals[-1])
+            if not np.isfinite(list(logs.values())).all():
+                raise SystemExit(f"error: not finite at step {step + 1}: {logs}")
+            seconds, host = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else host
+            logs |= {"lr": float(lr_scheduler.get_last_lr()[0]), "seconds": seconds}
+            logs |= {"images_per_second": samples_per_update / seconds, "peak_memory_gb": peak / 1e9}
+            lr_scheduler.step()
+            state.step += 1
+            state.history.append({"step": state.step, **logs})
+            accelerator.log(logs, step=state.step)
+            progress_bar.update(1)
+            progress_bar.set_postfix(loss=f"{logs['loss']:.4f}", reward=f"{logs['reward_positive']:.4f}")
+            logger.debug(f"step {state.step}: " + ", ".join(f"{name} {value:.5g}" for name, value in logs.items()))
+            # 8. Images and checkpoints. A rollout is not saved, so it is used up before the run stops.
+            stopped_by = received if reuse == reuses - 1 else 0
+            if not stopped_by:
+                validate(accelerator, models, recipe, validation, state)
+            if state.step % args.checkpointing_steps == 0 or stopped_by:
+                save_checkpoint(accelerator, transformer, run, state)
+                if args.hub_strategy == "checkpoint" and not stopped_by and state.step < args.max_train_steps:
+                    save_results(accelerator, transformer, run, state)
+            if stopped_by:
+                break
+    finally:
+        del batches  # ends the processes that load data, which ignore all signals
     progress_bar.close()
     if not stopped_by:
         save_results(accelerator, transformer, run, state)
