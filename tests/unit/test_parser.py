@@ -75,14 +75,7 @@ def refusal(make_args, capsys):
 
 @pytest.mark.parametrize(
     "flags",
-    [
-        "--lora_alpha 8",
-        "--lora_dropout 0.1",
-        "--lora_dropout 0",
-        "--lora_target_modules to_q",
-        "--base_weights fp8",
-        "--save_merged",
-    ],
+    ["--lora_alpha 8", "--lora_dropout 0.1", "--lora_dropout 0", "--lora_target_modules to_q", "--base_weights fp8"],
 )
 def test_a_flag_of_the_lora_without_a_lora(refusal, flags):
     name = flags.split()[0]
