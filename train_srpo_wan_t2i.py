@@ -691,7 +691,7 @@ def load_base(accelerator, model, dtype):
         return base
     if not partition_weights(accelerator, base):
         return base.bfloat16().to(accelerator.device)
-    return deepspeed.initialize(model=base, config=accelerator.deepspeed_plugin.deepspeed_config)[0].eval()
+    return deepspeed.initialize(model=base, config=accelerator.deepspeed_plugin.deepspeed_config)[0]
 
 
 def recompute_bias_correction(optimizer):
@@ -1001,12 +1001,12 @@ def with_retries(request, attempts=5):
         try:
             return request()
         except Exception as error:
-            # huggingface_hub wraps what the storage answers.
-            response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
-            status = 500 if response is None else response.status_code
+            if getattr(error, "response", None) is None and hasattr(error.__cause__, "response"):
+                error = error.__cause__  # huggingface_hub wraps what the storage answers
+            status = getattr(getattr(error, "response", None), "status_code", 500)
             wrong = isinstance(error, (ValueError, FileNotFoundError)) or (status < 500 and status not in (408, 429))
             if wrong or attempt == attempts - 1:
-                raise
+                raise error
             logger.warning(f"The Hub failed: {error}\nTrying again in {2**attempt} s.")
             time.sleep(2**attempt)
 
