@@ -23,7 +23,8 @@ def help_texts(capsys):
     with pytest.raises(SystemExit) as caught:
         parse_args(["--help"])
     assert caught.value.code == 0
-    entries = [" ".join(entry.split()) for entry in re.split(r"\n  (?=-)", capsys.readouterr().out)[1:]]
+    entries = re.split(r"\n  (?=-)", capsys.readouterr().out)[1:]
+    entries = [" ".join(entry.split("\n\n")[0].split()) for entry in entries]  # without the heading of the next group
     entries = [re.sub(r"^-h, ", "", entry) for entry in entries]
     return {re.match(r"--(\w+)", entry).group(1): entry for entry in entries}
 

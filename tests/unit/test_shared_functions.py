@@ -37,7 +37,7 @@ def test_a_copied_function_has_the_same_source_in_both_scripts(name):
 
 def test_what_has_the_same_source_in_both_scripts_is_marked_as_copied():
     ours, theirs = definitions("embed_prompts"), definitions("train_srpo_wan_t2i")
-    assert {name for name in ours if name in theirs and ours[name][0] == theirs[name][0]} == set(COPIED)
+    assert {name for name in ours if name in theirs and ours[name][0] == theirs[name][0]} <= set(COPIED)
 
 
 @pytest.mark.parametrize(

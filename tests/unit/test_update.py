@@ -1,4 +1,4 @@
-"""An update of the optimizer: what it does with the rollouts of a process. Rollouts themselves: how they are batched."""
+"""An update of the optimizer, from the rollouts of a process, and how these are painted in batches."""
 
 import copy
 
