@@ -7,13 +7,15 @@ from datasets import load_from_disk
 from diffusers import WanPipeline
 
 from train_srpo_wan_t2i import (
+    TEXT_ENCODER_LAYER,
+    TRANSFORMERS_STEM,
     SampleSampler,
     collate_fn,
+    draw_noise,
     load_prompt_dataset,
     make_generator,
-    make_noise,
-    text_encoder_fingerprint,
     unpack_prompt_embeds,
+    weights_fingerprint,
 )
 
 
@@ -96,33 +98,35 @@ def test_generator_leaves_the_global_one_alone():
 SHAPE = (4, 1, 2, 3)
 
 
-def test_shared_noise_is_the_same_for_all_samples_of_a_step(make_args):
-    args = make_args("--noise", "shared")
-    noise = make_noise(args, 7, range(28, 32), SHAPE)
+def test_shared_noise_is_the_same_for_all_samples_of_a_group(make_recipe):
+    recipe = make_recipe("--noise", "shared")
+    noise = draw_noise(recipe, SHAPE, 7, range(28, 32))
     assert noise.shape == (4, *SHAPE) and noise.dtype == torch.float32
     assert all(torch.equal(sample, noise[0]) for sample in noise)
     # Another process, or the next rollout of the same step.
-    assert torch.equal(make_noise(args, 7, range(30, 32), SHAPE), noise[:2])
+    assert torch.equal(draw_noise(recipe, SHAPE, 7, range(30, 32)), noise[:2])
 
 
-def test_noise_per_sample_differs_between_samples(make_args):
-    noise = make_noise(make_args("--noise", "per_sample"), 7, range(28, 32), SHAPE)
+def test_noise_per_sample_differs_between_samples(make_recipe):
+    noise = draw_noise(make_recipe("--noise", "per_sample"), SHAPE, 7, range(28, 32))
     assert noise.shape == (4, *SHAPE) and noise.dtype == torch.float32
     assert len({tuple(sample.flatten().tolist()) for sample in noise}) == 4
 
 
-def test_noise_per_sample_does_not_depend_on_how_samples_are_spread(make_args):
-    args = make_args("--noise", "per_sample")
-    alone = make_noise(args, 7, range(28, 32), SHAPE)
-    shares = [make_noise(args, 7, samples, SHAPE) for samples in (range(28, 30), range(30, 32))]
+def test_noise_per_sample_does_not_depend_on_how_samples_are_spread(make_recipe):
+    recipe = make_recipe("--noise", "per_sample")
+    alone = draw_noise(recipe, SHAPE, 7, range(28, 32))
+    shares = [draw_noise(recipe, SHAPE, 7, samples) for samples in (range(28, 30), range(30, 32))]
     assert torch.equal(torch.cat(shares), alone)
 
 
 @pytest.mark.parametrize("kind", ["shared", "per_sample"])
-def test_noise_differs_between_steps_and_seeds(make_args, kind):
-    first = make_noise(make_args("--noise", kind), 0, range(0, 2), SHAPE)
-    assert not torch.equal(make_noise(make_args("--noise", kind), 1, range(2, 4), SHAPE), first)
-    assert not torch.equal(make_noise(make_args("--noise", kind, "--seed", 43), 0, range(0, 2), SHAPE), first)
+def test_noise_differs_between_groups_reuses_and_seeds(make_recipe, kind):
+    recipe, other = make_recipe("--noise", kind), make_recipe("--noise", kind, "--seed", 43)
+    first = draw_noise(recipe, SHAPE, 0, range(0, 2))
+    assert not torch.equal(draw_noise(recipe, SHAPE, 1, range(2, 4)), first)
+    assert not torch.equal(draw_noise(recipe, SHAPE, 0, range(0, 2), 1), first)
+    assert not torch.equal(draw_noise(other, SHAPE, 0, range(0, 2)), first)
 
 
 # ---- Embeddings. ----------------------------------------------------------------------------------------------------
@@ -162,16 +166,15 @@ def test_dataset_loads_from_the_folder_that_embed_prompts_wrote(tiny_dataset):
     assert {split: len(rows) for split, rows in dataset.items()} == {"train": 6, "negative": 1}
 
 
+def fingerprint(folder):
+    source = {"pretrained_model_name_or_path": folder}
+    return weights_fingerprint(source, "text_encoder", TRANSFORMERS_STEM, TEXT_ENCODER_LAYER)
+
+
 @pytest.mark.parametrize("split", ["train", "negative"])
-def test_both_scripts_identify_the_text_encoder_alike(make_args, tiny_model, tiny_dataset, split):
-    args = make_args("--pretrained_model_name_or_path", tiny_model)
-    written = load_from_disk(tiny_dataset)[split].unique("text_encoder_fingerprint")
-    assert written == [text_encoder_fingerprint(args)]
+def test_both_scripts_identify_the_text_encoder_alike(tiny_model, tiny_dataset, split):
+    assert load_from_disk(tiny_dataset)[split].unique("text_encoder_fingerprint") == [fingerprint(tiny_model)]
 
 
-def test_another_text_encoder_has_another_fingerprint(make_args, tiny_model, tiny_one_expert_model):
-    fingerprints = [
-        text_encoder_fingerprint(make_args("--pretrained_model_name_or_path", folder))
-        for folder in (tiny_model, tiny_one_expert_model)
-    ]
-    assert fingerprints[0] != fingerprints[1]
+def test_another_text_encoder_has_another_fingerprint(tiny_model, tiny_one_expert_model):
+    assert fingerprint(tiny_model) != fingerprint(tiny_one_expert_model)

@@ -4,15 +4,7 @@ import pytest
 import torch
 from helpers import draw
 
-from train_srpo_wan_t2i import (
-    branch_sigmas,
-    direct_align_step,
-    make_branches,
-    make_train_sigmas,
-    shift_sigmas,
-    srp_score,
-    srpo_loss,
-)
+from train_srpo_wan_t2i import branch_sigmas, direct_align_step, make_train_sigmas, shift_sigmas, srp_score, srpo_loss
 
 
 DENOISE, INVERSION = (0.675, 0.625), (0.575, 0.625)  # (sigma_from, sigma_to), both recover at 0.625
@@ -85,16 +77,15 @@ def test_positions_outside_the_grid_are_refused(position):
 @pytest.mark.parametrize(
     "choice, names", [("both", ["denoise", "inversion"]), ("denoise", ["denoise"]), ("inversion", ["inversion"])]
 )
-def test_branches_flag_chooses_branches_and_changes_no_number(make_args, choice, names):
-    train_sigmas = make_train_sigmas(40, 1.0, (5, 25), 1000)
+def test_branches_flag_chooses_branches_and_changes_no_number(make_recipe, plan_at, choice, names):
     both = {
         "denoise": pytest.approx((0.6747998, 0.6247497, 0.1750751)),
         "inversion": pytest.approx((0.5746997, 0.6247497, 0.1838839)),
     }
-    branches = make_branches(make_args("--branches", choice), train_sigmas, 500)
+    branches = plan_at(make_recipe("--branches", choice), [500]).branches
     assert [branch.name for branch in branches] == names
     for branch in branches:
-        assert (branch.sigma_from, branch.sigma_to, branch.discount) == both[branch.name]
+        assert (branch.sigma_from.item(), branch.sigma_to.item(), branch.discount.item()) == both[branch.name]
 
 
 QWEN_IMAGE = [
@@ -109,14 +100,17 @@ QWEN_IMAGE = [
     "position, sigma_from, sigma_to, weight",
     [(50, 0.8363636, 0.5464646, 0.75), (5, 0.2636364, 0.2282828, 3 / 22), (95, 0.9, 0.8646465, 57 / 58)],
 )
-def test_recipe_published_for_qwen_image_is_reachable(make_args, position, sigma_from, sigma_to, weight):
-    args = make_args(*QWEN_IMAGE)
-    train_sigmas = make_train_sigmas(args.num_inference_steps, args.shift, args.train_timestep, args.timestep_length)
-    assert len(train_sigmas) == 100
-    (branch,) = make_branches(args, train_sigmas, position)
+def test_recipe_published_for_qwen_image_is_reachable(
+    make_args, make_recipe, plan_at, position, sigma_from, sigma_to, weight
+):
+    recipe = make_recipe(*QWEN_IMAGE)
+    assert len(recipe.train_sigmas) == 100
+    plan = plan_at(recipe, [position])
+    (branch,) = plan.branches
     assert branch.name == "denoise" and branch.discount == 0
-    assert (branch.sigma_from, branch.sigma_to) == pytest.approx((sigma_from, sigma_to), abs=1e-6)
-    assert shift_sigmas(position / args.timestep_length, args.loss_weight_shift) == pytest.approx(weight)
+    assert (branch.sigma_from.item(), branch.sigma_to.item()) == pytest.approx((sigma_from, sigma_to), abs=1e-6)
+    assert plan.weight.item() == pytest.approx(weight)
+    args = make_args(*QWEN_IMAGE)
     assert (args.loss, args.reward_model, args.learning_rate, args.max_grad_norm) == ("linear", "PickScore", 3e-6, 50)
 
 
@@ -196,3 +190,19 @@ def test_loss_leaves_scores_above_the_margin_alone():
     loss.backward()
     assert loss.item() == pytest.approx((0.5 + 0 + 0 + 1.2) / 4)
     torch.testing.assert_close(score.grad, torch.tensor([-0.25, 0.0, 0.0, -0.25]))
+
+
+def test_without_a_margin_the_loss_is_linear():
+    score = torch.tensor([0.2, 0.7, 0.9, -0.5], requires_grad=True)
+    loss = srpo_loss(score, margin=None)
+    loss.backward()
+    assert loss.item() == pytest.approx(-(0.2 + 0.7 + 0.9 - 0.5) / 4)
+    torch.testing.assert_close(score.grad, torch.full((4,), -0.25))
+
+
+@pytest.mark.parametrize(
+    "margin, expected", [(0.7, (1.0 * 0.5 + 0.5 * 0.2) / 3), (None, -(1.0 * 0.2 + 0.5 * 0.5 + 2.0 * 0.9) / 3)]
+)
+def test_each_score_has_a_weight_of_its_own_in_the_loss(margin, expected):
+    score, weight = torch.tensor([0.2, 0.5, 0.9]), torch.tensor([1.0, 0.5, 2.0])
+    assert srpo_loss(score, margin, weight).item() == pytest.approx(expected)

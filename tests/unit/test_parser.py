@@ -5,11 +5,58 @@ import re
 
 import pytest
 
-from train_srpo_wan_t2i import check_deepspeed
+from diffusers.optimization import SchedulerType
+
+from train_srpo_wan_t2i import check_deepspeed, parse_args
+
+
+# ---- Defaults, choices and the help. --------------------------------------------------------------------------------
 
 
 def test_rollouts_take_10_steps_by_default(make_args):
     assert make_args().sampling_steps == 10
+
+
+@pytest.fixture
+def help_texts(capsys):
+    """{flag: its help, on one line}"""
+    with pytest.raises(SystemExit) as caught:
+        parse_args(["--help"])
+    assert caught.value.code == 0
+    entries = re.split(r"\n  (?=-)", capsys.readouterr().out)[1:]
+    entries = [" ".join(entry.split("\n\n")[0].split()) for entry in entries]  # without the heading of the next group
+    entries = [re.sub(r"^-h, ", "", entry) for entry in entries]
+    return {re.match(r"--(\w+)", entry).group(1): entry for entry in entries}
+
+
+def test_help_shows_every_default_once(make_args, help_texts):
+    defaults = vars(parse_args(["--pretrained_model_name_or_path", "M", "--dataset_name", "D"]))
+    assert help_texts.keys() - {"help"} == defaults.keys()
+    in_words = {"positive_words": "the published ones", "negative_words": "the published ones"}
+    for name, value in defaults.items():
+        shown = re.findall(r"[Dd]efault: ", help_texts[name])
+        if name in in_words:
+            assert len(shown) == 1 and f"Default: {in_words[name]}" in help_texts[name]
+        elif name in ("pretrained_model_name_or_path", "dataset_name") or value is False:
+            assert shown == []
+        elif value is None:
+            assert len(shown) <= 1 and "None" not in help_texts[name]
+        else:
+            assert len(shown) == 1 and help_texts[name].endswith(f"(default: {value})")
+
+
+@pytest.mark.parametrize(
+    "name, default", [("discount_pos", "[0.1, 0.25]"), ("drift_weight", "0.0"), ("lr_warmup_steps", "0")]
+)
+def test_help_shows_defaults_of_pairs_and_of_zero(help_texts, name, default):
+    assert help_texts[name].endswith(f"(default: {default})")
+
+
+def test_learning_rates_follow_every_schedule_of_diffusers_but_the_one_that_needs_rules(make_args, help_texts):
+    choices = re.search(r"--lr_scheduler \{(.*?)\}", help_texts["lr_scheduler"]).group(1).replace(" ", "").split(",")
+    assert set(choices) == {kind.value for kind in SchedulerType} - {"piecewise_constant"}
+    for choice in choices:
+        assert make_args("--lr_scheduler", choice).lr_scheduler == choice
 
 
 # ---- Flags that the DeepSpeed file repeats. -------------------------------------------------------------------------
@@ -75,14 +122,7 @@ def refusal(make_args, capsys):
 
 @pytest.mark.parametrize(
     "flags",
-    [
-        "--lora_alpha 8",
-        "--lora_dropout 0.1",
-        "--lora_dropout 0",
-        "--lora_target_modules to_q",
-        "--base_weights fp8",
-        "--save_merged",
-    ],
+    ["--lora_alpha 8", "--lora_dropout 0.1", "--lora_dropout 0", "--lora_target_modules to_q", "--base_weights fp8"],
 )
 def test_a_flag_of_the_lora_without_a_lora(refusal, flags):
     name = flags.split()[0]

@@ -10,7 +10,7 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
-from train_srpo_wan_t2i import HPS_ARCHITECTURE, CLIPReward, HPSReward, load_reward_model, preprocess_pixels
+from train_srpo_wan_t2i import HPS_ARCHITECTURE, CLIPReward, HPSReward, preprocess_pixels, srp_score
 
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of OpenAI's CLIP
@@ -120,7 +120,7 @@ def test_hps_score_is_the_cosine_of_open_clip(hps, open_clip_model, size):
     image_features = open_clip_model.encode_image(torch.stack([hpsv2_preprocess(image, 224) for image in images]))
     text_features = open_clip_model.encode_text(open_clip.get_tokenizer(ARCHITECTURE)(TEXTS))
     expected = torch.nn.functional.cosine_similarity(image_features, text_features)
-    torch.testing.assert_close(hps.score(pixels, TEXTS), expected, rtol=0, atol=1e-3)
+    torch.testing.assert_close(hps(pixels, TEXTS), expected, rtol=0, atol=1e-3)
 
 
 @torch.no_grad()
@@ -134,7 +134,7 @@ def test_hps_text_features_equal_those_of_open_clip(hps, open_clip_model):
 
 def test_hps_gradient_reaches_the_borders_of_an_image_that_is_not_square(hps):
     pixels = random_images(96, 144)[1].requires_grad_()
-    hps.score(pixels, TEXTS).sum().backward()
+    hps(pixels, TEXTS).sum().backward()
     assert pixels.grad.isfinite().all()
     for border in (pixels.grad[:, :, 0], pixels.grad[:, :, -1], pixels.grad[:, :, :, 0], pixels.grad[:, :, :, -1]):
         assert (border != 0).float().mean() > 0.9
@@ -191,7 +191,7 @@ def test_clip_score_is_the_logit_of_transformers_over_20(clip, tiny_reward, size
     model, processor = CLIPModel.from_pretrained(tiny_reward), CLIPProcessor.from_pretrained(tiny_reward)
     tokens = processor.tokenizer(TEXTS, padding=True, return_tensors="pt")
     logits = model(pixel_values=preprocess_pixels(pixels, 32, MEAN, STD, False), **tokens).logits_per_image
-    torch.testing.assert_close(clip.score(pixels, TEXTS), logits.diagonal() / 20, rtol=0, atol=1e-5)
+    torch.testing.assert_close(clip(pixels, TEXTS), logits.diagonal() / 20, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
@@ -205,7 +205,7 @@ def test_clip_truncates_captions_that_are_longer_than_its_context(clip, tiny_rew
 
 def test_clip_gradient_reaches_the_pixels(clip):
     pixels = random_images(96, 96)[1].requires_grad_()
-    clip.score(pixels, TEXTS).sum().backward()
+    clip(pixels, TEXTS).sum().backward()
     assert pixels.grad.isfinite().all()
     assert (pixels.grad != 0).float().mean() > 0.9
 
@@ -233,9 +233,9 @@ def test_bfloat16_comes_close_to_float32(make_reward):
     _, pixels = random_images(96, 144)
     full, half = make_reward(), make_reward(torch.bfloat16)
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
-    score = half.score(pixels, TEXTS)
+    score = half(pixels, TEXTS)
     assert score.dtype == torch.float32
-    torch.testing.assert_close(score, full.score(pixels, TEXTS), rtol=0, atol=0.02)
+    torch.testing.assert_close(score, full(pixels, TEXTS), rtol=0, atol=0.02)
 
 
 def test_a_text_is_encoded_once(make_reward):
@@ -254,10 +254,38 @@ def test_a_text_is_encoded_once(make_reward):
     assert torch.equal(first[1], second[0])
 
 
-def test_cached_features_equal_fresh_ones(make_reward):
-    warm, cold = make_reward(), make_reward()
-    warm.encode_texts(["a longer caption that pads the others", "a cat"])
-    torch.testing.assert_close(warm.encode_texts(["a cat"]), cold.encode_texts(["a cat"]), rtol=0, atol=1e-5)
+def test_text_features_do_not_depend_on_what_is_encoded_together(make_reward):
+    """Bit for bit, since a resumed run encodes other texts together."""
+    texts = ["a longer caption that pads the others", "a cat", *(f"{n} dogs on a boat" for n in range(9))]
+    together, alone = make_reward().encode_texts(texts), make_reward()
+    for text, features in zip(texts[::-1], together.flip(0), strict=True):
+        assert torch.equal(alone.encode_texts([text])[0], features)
+        assert torch.equal(make_reward().encode_texts([text])[0], features)
+
+
+@torch.no_grad()
+def test_rewards_for_several_lists_of_texts_are_those_of_each_list(make_reward):
+    reward, (_, pixels) = make_reward(), random_images(96, 144)
+    rewards = reward.rewards(pixels, [TEXTS, TEXTS[::-1], ["a boat", "a boat"]])
+    assert rewards.shape == (3, 2)
+    for row, texts in zip(rewards, [TEXTS, TEXTS[::-1], ["a boat", "a boat"]], strict=True):
+        assert torch.equal(row, reward(pixels, texts))
+
+
+def test_compare_is_the_scaled_relative_score_and_exchanges_the_texts_where_it_is_told(make_reward):
+    reward, (_, pixels) = make_reward(), random_images(96, 144)
+    positive, negative, discount = ["a boat", "a cat"], ["a dog", "a boat"], torch.tensor([0.1, 0.3])
+    pixels.requires_grad_()
+    score, *rewards = reward.compare(pixels, positive, negative, discount, torch.tensor([False, True]))
+    image, towards, away = (
+        reward.encode_images(pixels),
+        reward.encode_texts(["a boat", "a boat"]),
+        reward.encode_texts(["a dog", "a cat"]),
+    )
+    torch.testing.assert_close(score, reward.scale * srp_score(image, towards, away, discount), rtol=0, atol=1e-6)
+    for found, texts in zip(rewards, (positive, negative), strict=True):
+        torch.testing.assert_close(found, reward(pixels, texts).detach(), rtol=0, atol=1e-6)
+    assert score.requires_grad and not any(found.requires_grad for found in rewards)
 
 
 def test_reward_model_is_frozen(make_reward):
@@ -265,13 +293,3 @@ def test_reward_model_is_frozen(make_reward):
     assert not reward.training
     assert not any(parameter.requires_grad for parameter in reward.parameters())
     assert not reward.encode_texts(TEXTS).requires_grad
-
-
-@pytest.mark.parametrize("kind", ["PickScore", "CLIP"])
-def test_flags_choose_the_clip_reward_and_its_processor(make_args, tiny_reward, kind):
-    args = make_args(
-        "--reward_model", kind, "--reward_model_path", tiny_reward, "--reward_processor_path", tiny_reward
-    )
-    reward = load_reward_model(args, "cpu", torch.bfloat16)
-    assert isinstance(reward, CLIPReward)
-    assert reward.dtype == torch.bfloat16

@@ -1,7 +1,6 @@
-"""Velocity and rollout: what the transformer is asked, and that `rollout` paints what `WanPipeline` paints."""
+"""Velocity and solver: what the transformer is asked, and that `paint_latents` paints what `WanPipeline` paints."""
 
 import inspect
-from functools import partial
 
 import pytest
 import torch
@@ -15,14 +14,21 @@ from diffusers import (
     WanTransformer3DModel,
 )
 
-from train_srpo_wan_t2i import make_scheduler, predict_velocity, rollout
+from train_srpo_wan_t2i import Models, Solver, make_scheduler, paint_latents, transformer_velocity
 
 
 STEPS = 4
 MODELS = {"two experts": ("tiny_model", "transformer_2"), "one expert": ("tiny_one_expert_model", "transformer")}
 
 
-PROMPT_EMBEDS, NEGATIVE_PROMPT_EMBEDS = draw(1, 2, 16, 16), draw(2, 2, 16, 16)
+PROMPT_EMBEDS, NEGATIVE_PROMPT_EMBEDS = draw(1, 2, 16, 16), draw(2, 1, 16, 16)
+
+
+def paint(transformer, scheduler, noise, guidance_scale=1.0, num_steps=STEPS, **models):
+    """What the transformer paints of two latents with the prompts above. `models` are further fields of `Models`."""
+    solver = Solver(scheduler, num_steps, guidance_scale)
+    models = {"solver": solver, "negative_prompt_embeds": NEGATIVE_PROMPT_EMBEDS, **models}
+    return paint_latents(Models(transformer, **models), noise, PROMPT_EMBEDS)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +54,7 @@ def pipeline_latents(pipeline, noise, guidance_scale):
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(
         prompt_embeds=PROMPT_EMBEDS,
-        negative_prompt_embeds=NEGATIVE_PROMPT_EMBEDS,
+        negative_prompt_embeds=NEGATIVE_PROMPT_EMBEDS.expand(2, -1, -1),
         latents=noise,
         height=64,
         width=96,
@@ -82,10 +88,9 @@ def test_rollout_paints_the_latents_of_the_pipeline(request, fixture, expert, gu
     )
     expected = pipeline_latents(pipeline, noise, guidance_scale)
 
-    tokens = noise[0, 0].numel() // 4 if alone else None
-    velocity_fn = partial(predict_velocity, transformer, tokens_per_sample=tokens)
+    token_patch = (1, 2, 2) if alone else None
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    found = rollout(velocity_fn, scheduler, noise, PROMPT_EMBEDS, NEGATIVE_PROMPT_EMBEDS, STEPS, guidance_scale)
+    found = paint(transformer, scheduler, noise, guidance_scale, token_patch=token_patch)
     assert (expected - noise).abs().max() > 0.1
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
@@ -94,24 +99,15 @@ def test_rollout_paints_the_latents_of_the_pipeline(request, fixture, expert, gu
     "guidance_scale, batch", [(1.0, 2), (3.0, 4)], ids=["without guidance", "both halves of guidance"]
 )
 def test_rollout_calls_the_transformer_once_a_step(transformer, calls, guidance_scale, batch):
-    rollout(
-        partial(predict_velocity, transformer),
-        FlowMatchEulerDiscreteScheduler(shift=3.0),
-        draw(0, 2, 4, 1, 4, 6),
-        PROMPT_EMBEDS,
-        NEGATIVE_PROMPT_EMBEDS,
-        STEPS,
-        guidance_scale,
-    )
+    paint(transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), draw(0, 2, 4, 1, 4, 6), guidance_scale)
     assert [len(call["hidden_states"]) for call in calls] == [batch] * STEPS
     assert [len(call["encoder_hidden_states"]) for call in calls] == [batch] * STEPS
 
 
 def test_rollouts_repeat_and_carry_no_gradient(transformer):
     """The scheduler starts over with every rollout."""
-    velocity_fn, scheduler = partial(predict_velocity, transformer), FlowMatchEulerDiscreteScheduler(shift=3.0)
-    inputs = draw(0, 2, 4, 1, 4, 6), PROMPT_EMBEDS, NEGATIVE_PROMPT_EMBEDS, STEPS, 3.0
-    first, second = (rollout(velocity_fn, scheduler, *inputs) for _ in range(2))
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    first, second = (paint(transformer, scheduler, draw(0, 2, 4, 1, 4, 6), 3.0) for _ in range(2))
     assert torch.equal(first, second)
     assert first.dtype == torch.float32
     assert not first.requires_grad
@@ -120,8 +116,7 @@ def test_rollouts_repeat_and_carry_no_gradient(transformer):
 def test_rollout_leaves_the_noise_as_it_is(transformer):
     """The graded step injects the same noise again."""
     noise = draw(0, 2, 4, 1, 4, 6)
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    rollout(partial(predict_velocity, transformer), scheduler, noise, PROMPT_EMBEDS, PROMPT_EMBEDS, STEPS, 1.0)
+    paint(transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), noise)
     assert torch.equal(noise, draw(0, 2, 4, 1, 4, 6))
 
 
@@ -140,20 +135,18 @@ def test_a_unipc_rollout_paints_the_latents_of_the_pipeline_as_it_is_saved(reque
     expected = pipeline_latents(pipeline, noise, 3.0)
 
     assert isinstance(pipeline.scheduler, UniPCMultistepScheduler)
-    scheduler = make_scheduler("unipc", pipeline.scheduler.config.flow_shift)
-    velocity_fn = partial(predict_velocity, transformer, tokens_per_sample=noise[0, 0].numel() // 4 if alone else None)
-    found = rollout(velocity_fn, scheduler, noise, PROMPT_EMBEDS, NEGATIVE_PROMPT_EMBEDS, STEPS, 3.0)
-    euler = make_scheduler("euler", pipeline.scheduler.config.flow_shift)
-    other = rollout(velocity_fn, euler, noise, PROMPT_EMBEDS, NEGATIVE_PROMPT_EMBEDS, STEPS, 3.0)
+    schedulers = (make_scheduler(name, pipeline.scheduler.config.flow_shift) for name in ("unipc", "euler"))
+    token_patch = (1, 2, 2) if alone else None
+    found, other = (paint(transformer, each, noise, 3.0, token_patch=token_patch) for each in schedulers)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     assert (other - expected).abs().max() > 1e-2
 
 
 def test_unipc_rollouts_repeat(transformer):
     """Nothing of the steps before is left in the scheduler."""
-    velocity_fn, scheduler = partial(predict_velocity, transformer), make_scheduler("unipc", 3.0)
-    inputs = draw(0, 2, 4, 1, 4, 6), PROMPT_EMBEDS, NEGATIVE_PROMPT_EMBEDS, STEPS, 3.0
-    whole, rest, again, rest_again = (rollout(velocity_fn, scheduler, *inputs, b) for b in (None, 0.875) * 2)
+    scheduler, noise = make_scheduler("unipc", 3.0), draw(0, 2, 4, 1, 4, 6)
+    solvers = (Solver(scheduler, STEPS, 3.0, boundary) for boundary in (None, 0.875) * 2)
+    whole, rest, again, rest_again = (paint(transformer, scheduler, noise, solver=solver) for solver in solvers)
     assert torch.equal(whole, again)
     assert torch.equal(rest, rest_again)
 
@@ -174,8 +167,7 @@ def test_make_scheduler_takes_the_shift(name, kind, option):
 @pytest.mark.parametrize("name", ["euler", "unipc"])
 def test_from_the_boundary_the_transformer_sees_only_the_noise_levels_below_it(transformer, calls, name):
     start, scheduler = draw(0, 2, 4, 1, 4, 6), make_scheduler(name, 3.0)
-    velocity_fn = partial(predict_velocity, transformer)
-    rollout(velocity_fn, scheduler, start, PROMPT_EMBEDS, NEGATIVE_PROMPT_EMBEDS, 10, 3.0, boundary=0.875)
+    paint(transformer, scheduler, start, solver=Solver(scheduler, 10, 3.0, boundary=0.875))
     seen = torch.stack([call["timestep"][0] for call in calls])
     below = [timestep for timestep in scheduler.timesteps.tolist() if timestep < 875]
     assert 0 < len(below) < 10
@@ -186,23 +178,17 @@ def test_from_the_boundary_the_transformer_sees_only_the_noise_levels_below_it(t
 @pytest.mark.parametrize("boundary, steps", [(0.75, 2), (0.7501, 3)])
 def test_a_noise_level_at_the_boundary_is_the_high_noise_experts(transformer, calls, boundary, steps):
     """As in `WanPipeline`. The timesteps are 999, 750, 500 and 250."""
-    scheduler, velocity_fn = make_scheduler("unipc", 1.0), partial(predict_velocity, transformer)
-    rollout(velocity_fn, scheduler, draw(0, 2, 4, 1, 4, 6), PROMPT_EMBEDS, None, 4, 1.0, boundary=boundary)
+    scheduler = make_scheduler("unipc", 1.0)
+    paint(transformer, scheduler, draw(0, 2, 4, 1, 4, 6), solver=Solver(scheduler, 4, 1.0, boundary))
     assert len(calls) == steps
 
 
-def test_the_steps_below_the_boundary_are_those_of_the_whole_rollout(transformer):
+def test_the_steps_below_the_boundary_are_those_of_the_whole_rollout(transformer, calls):
     """From where a whole rollout is at the boundary, the rest of it is the same."""
-    visited, velocity_fn = [], partial(predict_velocity, transformer)
-
-    def remember(latents, sigma, prompt_embeds):
-        visited.append((sigma, latents.clone()))
-        return velocity_fn(latents, sigma, prompt_embeds)
-
-    inputs = make_scheduler("euler", 3.0), draw(0, 2, 4, 1, 4, 6)
-    whole = rollout(remember, *inputs, PROMPT_EMBEDS, None, 10, 1.0)
-    start = next(latents for sigma, latents in visited if sigma < 0.875)
-    rest = rollout(velocity_fn, inputs[0], start, PROMPT_EMBEDS, None, 10, 1.0, boundary=0.875)
+    scheduler = make_scheduler("euler", 3.0)
+    whole = paint(transformer, scheduler, draw(0, 2, 4, 1, 4, 6), num_steps=10)
+    start = next(call["hidden_states"].clone() for call in calls if call["timestep"][0] < 875)
+    rest = paint(transformer, scheduler, start, solver=Solver(scheduler, 10, 1.0, boundary=0.875))
     assert torch.equal(rest, whole)
 
 
@@ -219,27 +205,27 @@ def test_the_steps_below_the_boundary_are_those_of_the_whole_rollout(transformer
     ids=["float", "0-d tensor", "one per sample"],
 )
 def test_timestep_is_1000_sigma_and_not_truncated(transformer, calls, sigma, expected):
-    predict_velocity(transformer, draw(0, 2, 4, 1, 4, 6), sigma, PROMPT_EMBEDS)
+    transformer_velocity(transformer, draw(0, 2, 4, 1, 4, 6), sigma, PROMPT_EMBEDS)
     assert calls[0]["timestep"].dtype == torch.float32
     torch.testing.assert_close(calls[0]["timestep"], torch.tensor(expected))
 
 
 def test_timestep_is_repeated_for_every_token_of_models_that_expand_timesteps(transformer, calls):
     latents = draw(0, 2, 4, 1, 4, 6)
-    predict_velocity(transformer, latents, torch.tensor([0.6747998, 0.375]), PROMPT_EMBEDS, tokens_per_sample=6)
+    transformer_velocity(transformer, latents, torch.tensor([0.6747998, 0.375]), PROMPT_EMBEDS, token_patch=(1, 2, 2))
     torch.testing.assert_close(calls[0]["timestep"], torch.tensor([[674.7998] * 6, [375.0] * 6]))
 
 
 def test_a_timestep_per_token_gives_the_velocity_of_a_timestep_per_sample(transformer):
     latents = draw(0, 2, 4, 1, 4, 6)
-    per_sample = predict_velocity(transformer, latents, 0.5, PROMPT_EMBEDS)
-    per_token = predict_velocity(transformer, latents, 0.5, PROMPT_EMBEDS, tokens_per_sample=6)
+    per_sample = transformer_velocity(transformer, latents, 0.5, PROMPT_EMBEDS)
+    per_token = transformer_velocity(transformer, latents, 0.5, PROMPT_EMBEDS, token_patch=(1, 2, 2))
     torch.testing.assert_close(per_token, per_sample, rtol=0, atol=1e-5)
 
 
 def test_velocity_is_float32_whatever_the_transformer_computes_in(transformer):
     half = WanTransformer3DModel.from_config(transformer.config).to(torch.bfloat16)
     latents = draw(0, 2, 4, 1, 4, 6)
-    velocity = predict_velocity(half, latents, 0.5, PROMPT_EMBEDS.to(torch.bfloat16))
+    velocity = transformer_velocity(half, latents, 0.5, PROMPT_EMBEDS.to(torch.bfloat16))
     assert velocity.dtype == torch.float32
     assert velocity.shape == latents.shape

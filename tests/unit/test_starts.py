@@ -6,7 +6,7 @@ import torch
 from datasets import load_from_disk
 from helpers import CAPTIONS, draw
 
-from train_srpo_wan_t2i import collate_fn, make_starts
+from train_srpo_wan_t2i import collate_fn, draw_starts
 
 
 SHAPE = 4, 1, 4, 6
@@ -20,7 +20,7 @@ BATCH = {"boundary_latents": [latents.astype(np.float32) for latents in STORED],
 
 
 def picked_seeds(latents, noise):
-    """The seeds of what `make_starts` gave for `BATCH`, after checking that latents and noise belong to them."""
+    """The seeds of what `draw_starts` gave for `BATCH`, after checking that latents and noise belong to them."""
     assert latents.shape == noise.shape == (4, *SHAPE)
     assert latents.dtype == noise.dtype == torch.float32
     seeds = [int(sample.mean()) - 1000 * i for i, sample in enumerate(latents)]
@@ -30,42 +30,42 @@ def picked_seeds(latents, noise):
     return seeds
 
 
-def starts(args, step=3, samples=(12, 13, 14, 15)):
-    return picked_seeds(*make_starts(args, step, samples, SHAPE, BATCH))
+def starts(recipe, group=3, samples=(12, 13, 14, 15)):
+    return picked_seeds(*draw_starts(recipe, SHAPE, group, samples, BATCH))
 
 
-def test_shared_noise_picks_one_seed_for_all_samples(make_args):
-    args = make_args("--rollout_start", "boundary", "--noise", "shared")
-    assert len(set(starts(args))) == 1
-    assert starts(args) == starts(args, samples=(0, 1, 2, 3))
-    assert starts(args) != starts(args, step=4)
+def test_shared_noise_picks_one_seed_for_all_samples(make_recipe):
+    recipe = make_recipe("--noise", "shared")
+    assert len(set(starts(recipe))) == 1
+    assert starts(recipe) == starts(recipe, samples=(0, 1, 2, 3))
+    assert starts(recipe) != starts(recipe, group=4)
 
 
-def test_per_sample_noise_picks_a_seed_for_every_sample(make_args):
-    args = make_args("--rollout_start", "boundary", "--noise", "per_sample")
-    assert len(set(starts(args))) > 1
-    assert starts(args, samples=(14, 15, 12, 13)) == [*starts(args)[2:], *starts(args)[:2]]
-    assert starts(args) == starts(args, step=4)  # the number of a sample is its own in the run
+def test_per_sample_noise_picks_a_seed_for_every_sample(make_recipe):
+    recipe = make_recipe("--noise", "per_sample")
+    assert len(set(starts(recipe))) > 1
+    assert starts(recipe, samples=(14, 15, 12, 13)) == [*starts(recipe)[2:], *starts(recipe)[:2]]
+    assert starts(recipe) == starts(recipe, group=4)  # the number of a sample is its own in the run
 
 
 @pytest.mark.parametrize("noise", ["shared", "per_sample"])
-def test_what_a_step_starts_from_repeats_and_depends_on_the_seed(make_args, noise):
-    args = make_args("--rollout_start", "boundary", "--noise", noise)
-    other = make_args("--rollout_start", "boundary", "--noise", noise, "--seed", 1)
+def test_what_a_rollout_starts_from_repeats_and_depends_on_the_seed(make_recipe, noise):
+    recipe = make_recipe("--noise", noise)
+    other = make_recipe("--noise", noise, "--seed", 1)
     torch.randn(5)  # the global generator has no part in it
-    assert starts(args) == starts(args)
-    assert starts(args) != starts(other)
+    assert starts(recipe) == starts(recipe)
+    assert starts(recipe) != starts(other)
 
 
-def test_all_latents_of_a_caption_are_used(make_args):
-    args = make_args("--rollout_start", "boundary")
+def test_all_latents_of_a_caption_are_used(make_recipe):
+    recipe = make_recipe()
     few = {name: [values[:3] for values in column] for name, column in BATCH.items()}
-    picked = [picked_seeds(*make_starts(args, step, range(4), SHAPE, few))[0] for step in range(30)]
+    picked = [picked_seeds(*draw_starts(recipe, SHAPE, group, range(4), few))[0] for group in range(30)]
     assert set(picked) == {100, 101, 102}
 
 
-def test_from_noise_latents_and_noise_are_the_same(make_args):
-    latents, noise = make_starts(make_args(), 3, (12, 13), SHAPE, {})
+def test_from_noise_latents_and_noise_are_the_same(make_recipe):
+    latents, noise = draw_starts(make_recipe(), SHAPE, 3, (12, 13), {})
     assert torch.equal(latents, noise)
     assert latents.std() == pytest.approx(1, abs=0.2)
 

@@ -3,8 +3,6 @@ Two experts, one at a time: the boundary latents that `embed_prompts.py` paints 
 the low-noise one makes of them, are what `WanPipeline` paints with both.
 """
 
-from functools import partial
-
 import pytest
 import torch
 from helpers import MINIATURE, draw
@@ -12,7 +10,7 @@ from miniature.drawings import captions as drawing_captions
 
 from diffusers import WanPipeline
 
-from train_srpo_wan_t2i import collate_fn, load_prompt_dataset, make_scheduler, predict_velocity, rollout
+from train_srpo_wan_t2i import Models, Solver, collate_fn, load_prompt_dataset, make_scheduler, paint_latents
 
 
 BOUNDARY = 0.875  # of all models here
@@ -37,17 +35,20 @@ def compare(pipeline, embed):
         size = ["--height", 64, "--width", 64, "--dtype", "fp32", "--batch_size", 2]
         flags = [*size, "--boundary_latents", 2, "--seed", 5, "--rollout_scheduler", name, *flags]
         dataset = load_prompt_dataset(embed(MINIATURE / "model", drawing_captions()[:81:40], *flags))
-        batch, negative = (collate_fn(list(rows.with_format("numpy")), 16, torch.float32) for rows in dataset.values())
-        embeds, negative = batch["prompt_embeds"], negative["prompt_embeds"].expand(3, -1, -1)
+        batch, negative = (
+            collate_fn(list(dataset[split].with_format("numpy")), 16, torch.float32) for split in ("train", "negative")
+        )
+        embeds, negative = batch["prompt_embeds"], negative["prompt_embeds"]
         second = torch.stack([torch.as_tensor(latents[1]) for latents in batch["boundary_latents"]])
-        alone = partial(predict_velocity, pipeline.transformer_2)
-        found = rollout(alone, make_scheduler(name, shift), second, embeds, negative, 10, 3.0, boundary=BOUNDARY)
+        solver = Solver(make_scheduler(name, shift), 10, 3.0, BOUNDARY)
+        models = Models(pipeline.transformer_2, solver=solver, negative_prompt_embeds=negative)
+        found = paint_latents(models, second, embeds)
 
         def both(steps):
             pipeline.scheduler = make_scheduler(name, shift)
             return pipeline(
                 prompt_embeds=embeds,
-                negative_prompt_embeds=negative,
+                negative_prompt_embeds=negative.expand(3, -1, -1),
                 latents=draw(6, 8, 1, 8, 8).expand(3, -1, -1, -1, -1),
                 height=64,
                 width=64,
