@@ -4,7 +4,7 @@ import re
 import shutil
 
 import pytest
-from helpers import checkpoints, load_history, load_weights, read_log, repeatable, same_bits
+from helpers import CAPTIONS, checkpoints, load_history, load_weights, read_log, repeatable, same_bits
 from PIL import Image
 
 
@@ -74,10 +74,11 @@ def test_going_on_from_an_older_checkpoint_makes_it_the_latest_and_keeps_the_new
     assert f"Resumed from {tmp_path}/checkpoint-2 at step 2" in read_log(tmp_path)
 
 
-def test_other_prompts_after_resuming_still_end_in_a_card_and_a_picture(train, tmp_path):
+def test_other_prompts_after_resuming_still_end_in_a_card_and_a_picture(train, embed, tiny_model, tmp_path):
     train(output_dir=tmp_path, prompts=["a boat", "a dog"])
     more = ["--max_train_steps", 3, "--resume_from_checkpoint", "latest"]
-    train(*more, output_dir=tmp_path, prompts=["a boat that costs $5 {or $6"])
+    dataset = embed(tiny_model, CAPTIONS, "--validation_prompts", "a boat that costs $5 {or $6")
+    train(*more, output_dir=tmp_path, dataset=dataset, prompts=None)
     Image.open(tmp_path / "before_after.png").verify()
     assert "3 updates" in (tmp_path / "README.md").read_text()
 

@@ -114,9 +114,9 @@ def test_scores_are_the_rewards_of_the_saved_images(cpu_run, tiny_reward):
     for row in json.loads((cpu_run[0] / "images/step-3/scores.json").read_text()):
         pixels = np.asarray(Image.open(cpu_run[0] / "images/step-3" / row["image"]))
         pixels = torch.tensor(pixels).permute(2, 0, 1)[None] / 255  # rounded when saved: hence the tolerance
-        assert reward_model.score(pixels, [row["caption"]]).item() == pytest.approx(row["reward"], abs=5e-3)
+        assert reward_model(pixels, [row["caption"]]).item() == pytest.approx(row["reward"], abs=5e-3)
         positive, negative = (
-            np.mean([reward_model.score(pixels, [f"{word}. {row['caption']}"]).item() for word in words])
+            np.mean([reward_model(pixels, [f"{word}. {row['caption']}"]).item() for word in words])
             for words in (POSITIVE_WORDS, NEGATIVE_WORDS)
         )
         assert positive - negative == pytest.approx(row["relative"], abs=5e-3)
