@@ -116,6 +116,12 @@ def text_model(tmp_path_factory):
 
 
 @pytest.fixture
+def text_model_copy(text_model, tmp_path_factory):
+    """A copy of it to spoil."""
+    return Path(shutil.copytree(text_model, tmp_path_factory.mktemp("copy") / "model"))
+
+
+@pytest.fixture
 def prompts(tmp_path):
     """A file of the captions `PROMPTS`."""
     file = tmp_path / "prompts.txt"
