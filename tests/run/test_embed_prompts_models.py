@@ -19,8 +19,8 @@ FILE = "text_encoder/model.safetensors"
 def test_a_text_encoder_that_lacks_a_tensor_is_refused(text_model_copy, prompts, tmp_path):
     edit_weights(text_model_copy / FILE, lambda weights: weights.pop("encoder.block.1.layer.0.SelfAttention.q.weight"))
     assert embed_refusal(text_model_copy, prompts, tmp_path / "out") == (
-        f"`--pretrained_model_name_or_path {text_model_copy}` has no whole text_model in `text_encoder`: the weights lack 1 "
-        "tensors, such as `encoder.block.1.layer.0.SelfAttention.q.weight`"
+        f"`--pretrained_model_name_or_path {text_model_copy}` has no whole model in `text_encoder`: "
+        "the weights lack 1 tensors, such as `encoder.block.1.layer.0.SelfAttention.q.weight`"
     )
 
 
