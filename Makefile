@@ -8,15 +8,15 @@ BIN := .venv/bin
 
 .PHONY: demo test test-all lint clean
 
-.venv/installed: requirements.txt
+.venv/installed: requirements.txt constraints.txt
 	@echo "Installing requirements.txt into .venv. This takes minutes, once."
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt --constraint constraints.txt
 	@touch $@
 
 # torchao is for --optimizer adamw_8bit, which few runs need.
 .venv/test-tools: .venv/installed
-	$(BIN)/python -m pip install --quiet "pytest>=9" "pytest-xdist>=3.8" "ruff>=0.17" "torchao>=0.18"
+	$(BIN)/python -m pip install --quiet pytest pytest-xdist ruff torchao --constraint constraints.txt
 	@touch $@
 
 demo: .venv/installed

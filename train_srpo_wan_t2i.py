@@ -15,11 +15,10 @@ relative to a positive and a negative control word (`srp_score`), and back-propa
 
 Departures from the published code (https://github.com/Tencent-Hunyuan/SRPO), which trains FLUX: both branches are one
 batch; `--gradient_accumulation_steps` counts rollouts, not branches; rollouts use classifier-free guidance, as Wan has
-none embedded, and 10 steps of UniPC; the default window of noise levels suits the low-noise expert; every random
-draw is a function of the seed, the sample and the update, so a resumed run repeats the run that it continues; the VAE
-works on single images as a 2-D network, which equals the 3-D one there; images that are not square are padded, not
-cropped, before HPS sees them, as HPSv2 does it; `--drift_weight` can hold the expert near the untrained one.
-docs/recipes.md has the flags of the published runs.
+none embedded, and 10 steps of UniPC; the default window suits the low-noise expert; every random draw depends on seed,
+sample and update alone, so that runs resume exactly; the VAE works on images as a 2-D network, which equals the 3-D
+one; images that are not square are padded, not cropped, before HPS sees them; `--drift_weight` holds the expert near
+the untrained one. docs/recipes.md has the flags of the published runs.
 """
 
 import argparse
@@ -34,6 +33,7 @@ import resource
 import shlex
 import shutil
 import signal
+import textwrap
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -50,13 +50,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-from accelerate.utils import (
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-    extract_model_from_parallel,
-    gather_object,
-    set_seed,
-)
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, gather_object, set_seed
 from PIL import Image
 from safetensors import safe_open
 from torch.utils.checkpoint import checkpoint
@@ -73,9 +67,10 @@ class LazyModule:
         return getattr(importlib.import_module(self.__name__), attribute)
 
 
-names = ("datasets", "deepspeed", "diffusers", "open_clip", "peft", "transformers")
-datasets, deepspeed, diffusers, open_clip, peft, transformers = map(LazyModule, names)
+datasets, deepspeed, diffusers = LazyModule("datasets"), LazyModule("deepspeed"), LazyModule("diffusers")
+open_clip, peft, transformers = LazyModule("open_clip"), LazyModule("peft"), LazyModule("transformers")
 wan_vae = LazyModule("diffusers.models.autoencoders.autoencoder_kl_wan")
+matplotlib_figure, torchao_optim = LazyModule("matplotlib.figure"), LazyModule("torchao.optim")
 TF = LazyModule("torchvision.transforms.v2.functional")
 
 logger = get_logger(__name__)
@@ -85,36 +80,29 @@ LOG_FORMAT = "%(asctime)s - %(levelname)s - %(name)s - %(message)s"
 # The control words of the published run, fastvideo/SRPO.py of the SRPO repository.
 POSITIVE_WORDS = ("Natural-lighting", "Detail", "Detailed", "Real")
 NEGATIVE_WORDS = ("Concept art", "Painting", "Anime", "Flat", "Oil")
-
 # Positions this close to either end of the training grid are not drawn (fastvideo/SRPO.py).
 POSITION_MARGIN = 5
-
 # Where a reward model comes from when `--reward_model_path` is not given.
 HPS_REPOSITORY, HPS_FILE, HPS_ARCHITECTURE = "xswu/HPSv2", "HPS_v2.1_compressed.pt", "ViT-H-14"
 PICKSCORE_REPOSITORY = "yuvalkirstain/PickScore_v1"
 PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-
 # The linear layers that diffusers' own scripts for Wan adapt, all of the attention, and its name for the file.
 LORA_TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0")
 LORA_FILE = "pytorch_lora_weights.safetensors"
-
 # First words of the names of files of weights, and the layers by whose weights a model is identified.
 DIFFUSERS_STEM, TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
 TRANSFORMER_LAYER, TEXT_ENCODER_LAYER = "blocks.0.attn1.to_q.weight", "encoder.final_layer_norm.weight"
-
 # What `embed_prompts.py --boundary_latents` adds to the dataset, and the flags that it shares with training.
 BOUNDARY_COLUMNS = ("boundary_latents", "boundary_seeds")
 BOUNDARY_FLAGS = ("height", "width", "sampling_steps", "rollout_scheduler", "rollout_shift")
-
 # Independent streams of random numbers. The last seeds what libraries draw: dropout, the rounding of adamw_8bit.
 SHUFFLE, NOISE, POSITION, VALIDATION, GLOBAL = range(5)
 
 
 # ---- 2. SRPO: noise levels, the graded step, the relative score, the plan of an update. Pure functions. -------------
 def shift_sigmas(sigmas, shift):
-    """Bends noise levels in [0, 1], a float or a tensor of any shape, towards 1 as the schedules of SD3, FLUX and Wan
-    do: `shift * sigma / (1 + (shift - 1) * sigma)`. Source: Esser et al. 2024 (https://arxiv.org/abs/2403.03206), eq.
-    23."""
+    """Bends noise levels in [0, 1], a float or a tensor, towards 1 as the schedules of SD3, FLUX and Wan do:
+    `shift * sigma / (1 + (shift - 1) * sigma)`, eq. 23 of Esser et al. 2024 (https://arxiv.org/abs/2403.03206)."""
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
@@ -218,7 +206,7 @@ class Branch(NamedTuple):
     sigma_from: torch.Tensor  # (B,)
     sigma_to: torch.Tensor  # (B,)
     discount: torch.Tensor  # (B,): the extra weight of the caption that the branch is drawn to
-    swap: bool  # whether that is the negative caption, because the gradient has the opposite sign
+    swap: torch.Tensor  # (B,): 1 if that is the negative caption, because the gradient has the opposite sign, else 0
 
 
 class Plan(NamedTuple):
@@ -249,7 +237,8 @@ def plan_update(recipe, step, samples):
             sigma_from, sigma_to = torch.tensor([each[index] for each in levels]).unbind(1)
             read_at = [each[2][index] for each in levels]
             discount = torch.linspace(*ends, length)[read_at]
-            branches.append(Branch(name, sigma_from, sigma_to, discount, swap=name == "inversion"))
+            swap = torch.full_like(discount, name == "inversion")
+            branches.append(Branch(name, sigma_from, sigma_to, discount, swap))
     curve = recipe.loss_weight_shift
     weight = torch.ones(len(positions)) if curve is None else shift_sigmas(torch.tensor(positions) / length, curve)
     positive, negative = recipe.positive_words, recipe.negative_words
@@ -298,8 +287,7 @@ class SampleSampler:
 
 
 def noise_generators(recipe, group, samples, *reuse):
-    """A generator for what each sample starts from. With `--noise shared` all samples of a group have the same noise,
-    which gives gradients of lower variance, says the SRPO paper."""
+    """A generator for each sample's start. One noise for a group lowers the variance, says the SRPO paper."""
     keys = [group] * len(samples) if recipe.noise == "shared" else samples
     return [make_generator(recipe.seed, NOISE, key, *reuse) for key in keys]
 
@@ -312,9 +300,8 @@ def draw_noise(recipe, shape, group, samples, *reuse):
 
 
 def draw_starts(recipe, shape, group, samples, batch):
-    """What the images of B samples start from: latents, and the noise in them, each (B, *shape) float32. By default
-    both are the noise. If the `batch`, see [`collate_fn`], has boundary latents, they are one of the K latents that
-    `embed_prompts.py --boundary_latents K` has stored for each caption, and the noise of its seed."""
+    """What the images of B samples start from: latents and the noise in them, each (B, *shape) float32. Both are
+    noise, or, if the `batch` of [`collate_fn`] has boundary latents, one of those and the noise of its seed."""
     if "boundary_latents" not in batch:
         return (draw_noise(recipe, shape, group, samples),) * 2
     latents, noise = [], []
@@ -394,9 +381,8 @@ def paint_latents(models, latents, prompt_embeds):
     first = 0 if boundary is None else int((scheduler.timesteps >= 1000 * boundary).sum())
     scheduler.set_begin_index(first)
     for timestep in scheduler.timesteps[first:]:
-        velocity = models.velocity(
-            torch.cat([latents, latents]) if guided else latents, timestep / 1000, prompt_embeds
-        )
+        inputs = torch.cat([latents, latents]) if guided else latents
+        velocity = models.velocity(inputs, timestep / 1000, prompt_embeds)
         if guided:
             conditional, unconditional = velocity.chunk(2)
             velocity = unconditional + guidance_scale * (conditional - unconditional)
@@ -429,8 +415,8 @@ def flatten_vae(vae):
 
 
 def decode_latents(vae, latents):
-    """Latents (B, C, 1, H, W), normalised as the transformer sees them -> pixels (B, 3, s * H, s * W) float32 in [0,
-    1], and the share of values that were clamped, (), which carry no gradient. The same as `vae.decode`, except that
+    """Latents (B, C, 1, H, W), normalised as the transformer sees them -> pixels (B, 3, s * H, s * W) in [0, 1], and
+    the share of values that were clamped, (), which carry no gradient; float32. The same as `vae.decode`, except that
     the decoder's blocks are checkpointed where gradients flow: `AutoencoderKLWan` has no gradient checkpointing, and
     its cache of frames, which one frame does not need, would break the recomputation."""
     mean, std = (
@@ -465,23 +451,14 @@ def preprocess_pixels(pixels, image_size, mean, std, keep_borders):
     return TF.normalize(TF.center_crop(pixels, [image_size, image_size]), mean, std)
 
 
-def put_word_before(word, captions):
-    """The captions as a reward model sees them, with a control word in front."""
-    return [f"{word}. {caption}" for caption in captions]
-
-
 class RewardModel(torch.nn.Module):
     """A frozen model of which images people prefer for a caption: `reward(pixels, captions)`. This one encodes image
     and text apart, and the reward is `scale` times the inner product of their features of unit norm. Subclasses set
     `model`, `image_size`, `mean`, `std`, `keep_borders`, `scale`, and give raw features."""
 
-    def __init__(self):
-        super().__init__()
-        self.text_cache = {}
-
     def freeze(self, device, dtype):
+        self.dtype, self.text_cache = dtype, {}
         self.requires_grad_(False).eval().to(device=device, dtype=dtype)
-        self.dtype = dtype
 
     def encode_images(self, pixels):
         """`torch.Tensor` of shape (B, 3, H, W) in [0, 1] -> (B, D) float32 of unit norm, differentiable."""
@@ -506,30 +483,26 @@ class RewardModel(torch.nn.Module):
         """Images (B, 3, H, W) in [0, 1] and a list of B strings -> (B,): the reward of each image for its caption."""
         return self.rewards(pixels, [captions])[0]
 
-    def compare(self, pixels, positive, negative, discount):
-        """The score of [`srp_score`] of images (B, 3, H, W) in [0, 1] for two lists of B strings and a discount (B,).
-        Returns it, (B,) with a gradient, and the rewards for both lists, (B,) each, without."""
-        features, positive, negative = (
-            self.encode_images(pixels),
-            self.encode_texts(positive),
-            self.encode_texts(negative),
-        )
-        rewards = [self.scale * (features.detach() * texts).sum(-1) for texts in (positive, negative)]
-        return self.scale * srp_score(features, positive, negative, discount), *rewards
+    def compare(self, pixels, positive, negative, discount, swap):
+        """[`srp_score`] of images (B, 3, H, W) in [0, 1] for two lists of B strings, exchanged where `swap` (B,) is
+        true: (B,) with a gradient; and the rewards for the positive and for the negative texts, (B,) without."""
+        features, texts = self.encode_images(pixels), torch.stack([*map(self.encode_texts, (positive, negative))])
+        towards, away = torch.where(swap[:, None], texts.flip(0), texts)
+        rewards = self.scale * (features.detach() * texts).sum(-1)
+        return self.scale * srp_score(features, towards, away, discount), *rewards
 
 
 class HPSReward(RewardModel):
     """HPSv2.1 (https://arxiv.org/abs/2306.09341): an open_clip model of the given `architecture` with fine-tuned
     weights, which the file `path` holds under `state_dict`. The reward is the cosine."""
 
-    keep_borders = True
-    scale = 1.0
+    keep_borders, scale = True, 1.0
 
     def __init__(self, path, device="cpu", dtype=torch.float32, architecture=HPS_ARCHITECTURE):
         super().__init__()
         self.model = self.empty_model(architecture)
         self.model.load_state_dict(self.read_weights(path), assign=True)
-        self.tokenizer = open_clip.get_tokenizer(architecture)
+        self.image_features, self.tokenizer = self.model.encode_image, open_clip.get_tokenizer(architecture)
         self.image_size = self.model.visual.image_size[0]
         self.mean, self.std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
         self.freeze(device, dtype)
@@ -545,9 +518,6 @@ class HPSReward(RewardModel):
     @staticmethod
     def read_weights(path):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-
-    def image_features(self, pixels):
-        return self.model.encode_image(pixels)
 
     def text_features(self, texts):
         return self.model.encode_text(self.tokenizer(texts).to(next(self.model.parameters()).device))
@@ -585,7 +555,7 @@ class Models(NamedTuple):
     transformer: torch.nn.Module
     vae: torch.nn.Module | None = None
     reward: RewardModel | None = None
-    solver: Solver | None = None
+    solver: Solver | None = None  # of rollouts
     negative_prompt_embeds: torch.Tensor | None = None  # (1, L, D)
     token_patch: tuple[int, int, int] | None = None  # see [`transformer_velocity`]
     base: torch.nn.Module | None = None  # a frozen copy of the transformer; a LoRA needs none
@@ -599,7 +569,7 @@ class Models(NamedTuple):
         """The velocity of the untrained expert: of the frozen copy, or of the same weights with the LoRA off."""
         if self.base is not None:
             return transformer_velocity(self.base, latents, sigma, prompt_embeds, self.token_patch)
-        bare = extract_model_from_parallel(self.transformer)
+        bare = getattr(self.transformer, "module", self.transformer)  # without what Accelerate wraps around it
         bare.disable_adapters()
         velocity = self.velocity(latents, sigma, prompt_embeds)
         bare.enable_adapters()
@@ -625,41 +595,34 @@ def make_rollouts(models, batches, recipe, shape, group, batch_size):
 def graded_pass(models, rollout, plan, recipe):
     """Takes the graded step of all branches of a [`Plan`] from the x0 of a [`Rollout`] as one batch, decodes and
     scores it. Returns the loss, `torch.Tensor` of shape (), and metrics, a dict of detached tensors of shape ()."""
-    branches, count, drifts = plan.branches, len(plan.branches), []
+    count, drifts = len(plan.branches), []
     x0, noise, prompt_embeds = (
         tensor.repeat(count, *[1] * (tensor.ndim - 1)) for tensor in (rollout.x0, rollout.noise, rollout.prompt_embeds)
     )
-    rows = [torch.stack([b.sigma_from, b.sigma_to, b.discount, plan.weight]) for b in branches]
+    rows = [torch.stack([b.sigma_from, b.sigma_to, b.discount, b.swap, plan.weight]) for b in plan.branches]
     # All at once, without waiting for the GPU.
-    sigma_from, sigma_to, discount, weight = torch.cat(rows, dim=1).to(x0.device, non_blocking=True)
+    sigma_from, sigma_to, discount, swap, weight = torch.cat(rows, dim=1).to(x0.device, non_blocking=True)
 
     def velocity(x, sigma):
         if not recipe.drift_weight:
             return models.velocity(x, sigma, prompt_embeds)
-        base, velocity = models.base_velocity(x, sigma, prompt_embeds), models.velocity(x, sigma, prompt_embeds)
-        drifts.append((velocity - base).square().mean())
-        return velocity
+        base, trained = models.base_velocity(x, sigma, prompt_embeds), models.velocity(x, sigma, prompt_embeds)
+        drifts.append((trained - base).square().mean())
+        return trained
 
     x0_hat = direct_align_step(velocity, x0, noise, sigma_from, sigma_to)
     pixels, saturated = decode_latents(models.vae, x0_hat)
-    positive = put_word_before(plan.positive_word, rollout.captions)
-    negative = put_word_before(plan.negative_word, rollout.captions)
-    towards = [text for branch in branches for text in (negative if branch.swap else positive)]
-    away = [text for branch in branches for text in (positive if branch.swap else negative)]
-    score, *rewards = models.reward.compare(pixels, towards, away, discount)
+    positive = [f"{plan.positive_word}. {caption}" for caption in rollout.captions] * count
+    negative = [f"{plan.negative_word}. {caption}" for caption in rollout.captions] * count
+    score, *rewards = models.reward.compare(pixels, positive, negative, discount, swap.bool())
     loss = srpo_loss(score, recipe.reward_margin if recipe.loss == "hinge" else None, weight)
     loss = loss + recipe.drift_weight * drifts[0] if drifts else loss
-
     metrics = {"loss": loss.detach(), "score": score.detach().mean(), "saturated": saturated}
-    metrics |= {"sigma": sigma_to.chunk(count)[0].mean()} | ({"drift": drifts[0].detach()} if drifts else {})
-    pairs = []  # rewards for the positive and for the negative word
-    for branch, scores, *both in zip(
-        branches, *(part.detach().chunk(count) for part in (score, *rewards)), strict=True
-    ):
+    for branch, scores in zip(plan.branches, score.detach().chunk(count), strict=True):
         metrics[f"score_{branch.name}"] = scores.mean()
-        pairs.append(torch.stack(both[::-1] if branch.swap else both))
-    reward_positive, reward_negative = torch.cat(pairs, dim=1).mean(1)
-    return loss, metrics | {"reward_positive": reward_positive, "reward_negative": reward_negative}
+    metrics |= {"reward_positive": rewards[0].mean(), "reward_negative": rewards[1].mean()}
+    metrics["sigma"] = sigma_to.chunk(count)[0].mean()
+    return loss, metrics | ({"drift": drifts[0].detach()} if drifts else {})
 
 
 def update(accelerator, models, optimizer, rollouts, recipe, step):
@@ -680,7 +643,7 @@ def update(accelerator, models, optimizer, rollouts, recipe, step):
             measured.append(metrics)
     transformer.eval()
     means = {name: torch.stack([metrics[name] for metrics in measured]).mean() for name in metrics}
-    return {**means, "grad_norm": torch.as_tensor(grad_norm, dtype=torch.float32, device=loss.device)}
+    return means | {"grad_norm": torch.as_tensor(grad_norm, dtype=torch.float32, device=loss.device)}
 
 
 # ---- 8. What is trained: all weights, or a LoRA beside them. --------------------------------------------------------
@@ -699,16 +662,14 @@ def lora_metadata(transformer):
 
 
 def keep_rotary_tables(transformer, device):
-    """Moves the rotary tables to `device` and takes them out of the buffers: DeepSpeed casts all of a module to
-    bfloat16, and three digits of a cosine are too few for a position."""
+    """Keeps the rotary tables out of the buffers, which DeepSpeed casts to bfloat16: too few digits for a position."""
     for name, table in list(transformer.rope.named_buffers()):
         delattr(transformer.rope, name)
         setattr(transformer.rope, name, table.to(device))
 
 
 def partition_weights(accelerator, transformer):
-    """Under ZeRO-3, splits the weights among processes one by one; DeepSpeed would first move all to every GPU.
-    Returns whether it did."""
+    """Under ZeRO-3, splits the weights among processes, and returns `True`. DeepSpeed would first move all to each."""
     config = accelerator.deepspeed_plugin.deepspeed_config if accelerator.deepspeed_plugin else {}
     if config.get("zero_optimization", {}).get("stage") != 3:
         return False
@@ -765,48 +726,53 @@ class RunState:
 
 
 class Validation(NamedTuple):
-    """What to paint, and how. The last four are flags."""
+    """What to paint, and how."""
 
     captions: list[str]
     prompt_embeds: torch.Tensor  # (N, L, D)
     solver: Solver
     shape: tuple[int, int, int, int]  # of the latents of an image, (C, T, H, W)
+    batch_size: int  # of each process
     folder: Path  # where the images go
-    seed: int
-    train_batch_size: int
-    positive_words: tuple[str, ...]
-    negative_words: tuple[str, ...]
+    every: int  # updates between two validations
+    last: int  # the number of the last update
 
 
 @torch.no_grad()
-def paint_validation(accelerator, models, validation):
+def paint_validation(accelerator, models, recipe, validation):
     """Paints this process's share of the validation prompts. Returns a list of (number of the prompt, pixels (H, W, 3)
     uint8, reward for the plain caption, its reward with the positive minus that with the negative control words)."""
     count, processes, painted = len(validation.captions), accelerator.num_processes, []
     models = models._replace(solver=validation.solver)
     # Under ZeRO-3 all processes call the transformer equally often, so the shares are filled up with repeats.
     mine = [index % count for index in range(accelerator.process_index, -(-count // processes) * processes, processes)]
-    for start in range(0, len(mine), validation.train_batch_size):
-        indices = mine[start : start + validation.train_batch_size]
-        generators = [make_generator(validation.seed, VALIDATION, index) for index in indices]
+    for start in range(0, len(mine), validation.batch_size):
+        indices = mine[start : start + validation.batch_size]
+        generators = [make_generator(recipe.seed, VALIDATION, index) for index in indices]
         noise = torch.stack([torch.randn(validation.shape, generator=generator) for generator in generators])
         inputs = (tensor.to(accelerator.device) for tensor in (noise, validation.prompt_embeds[indices]))
         pixels, _ = decode_latents(models.vae, paint_latents(models, *inputs))
         captions = [validation.captions[index] for index in indices]
-        texts = [put_word_before(word, captions) for word in (*validation.positive_words, *validation.negative_words)]
+        words = *recipe.positive_words, *recipe.negative_words
+        texts = [[f"{word}. {caption}" for caption in captions] for word in words]
         rewards = models.reward.rewards(pixels, [captions, *texts])
-        plain, positive, negative = rewards.tensor_split([1, 1 + len(validation.positive_words)])
+        plain, positive, negative = rewards.tensor_split([1, 1 + len(recipe.positive_words)])
         relative = positive.mean(0) - negative.mean(0)
         images = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         painted += zip(indices, images, plain[0].tolist(), relative.tolist(), strict=True)
     return painted
 
 
-def validate(accelerator, models, validation, state):
-    """Paints and scores all validation prompts. Images and scores go to the trackers and to `images/step-N/`, their
-    means, `validation_reward` and `validation_relative`, to the history of the run."""
+def validate(accelerator, models, recipe, validation, state):
+    """If it is time, paints and scores all prompts, into trackers, `images/step-N/` and the history of the run."""
+    if validation is None or (state.step % validation.every and state.step != validation.last):
+        return
+    if any(row["step"] == state.step and "validation_reward" in row for row in state.history):
+        return
     logger.info(f"Running validation at step {state.step}: {len(validation.captions)} images.")
-    painted = {index: result for index, *result in gather_object(paint_validation(accelerator, models, validation))}
+    painted = {
+        index: result for index, *result in gather_object(paint_validation(accelerator, models, recipe, validation))
+    }
     images, rewards, relative = zip(*(painted[index] for index in sorted(painted)), strict=True)
     means = {"validation_reward": np.mean(rewards).item(), "validation_relative": np.mean(relative).item()}
     if accelerator.is_main_process:
@@ -829,37 +795,31 @@ def validate(accelerator, models, validation, state):
 
 def save_before_after(folder, steps, output, columns=8):
     """Draws the first validation images of two steps, one above the other, with their rewards, as a PNG."""
-    from matplotlib.figure import Figure
-
-    folders = [folder / f"step-{step}" for step in steps]
-    scores = [json.loads((folder / "scores.json").read_text())[:columns] for folder in folders]
-    figure = Figure(figsize=(2.4 * len(scores[0]), 5.8), layout="tight")
+    scores = [json.loads((folder / f"step-{step}/scores.json").read_text())[:columns] for step in steps]
+    figure = matplotlib_figure.Figure(figsize=(2.4 * len(scores[0]), 5.8), layout="tight")
     axes = figure.subplots(2, len(scores[0]), squeeze=False)
-    for row, step, folder, images in zip(axes, steps, folders, scores, strict=True):
+    for row, step, images in zip(axes, steps, scores, strict=True):
         for axis, image in zip(row, images):  # noqa: B905  a resumed run may have more or fewer
-            axis.imshow(Image.open(folder / image["image"]))
-            axis.set_xlabel(f"reward {image['reward']:.3f}\nrelative {image['relative']:+.3f}", fontsize=8)
+            axis.imshow(Image.open(folder / f"step-{step}" / image["image"]))
             axis.set(xticks=[], yticks=[])
-            if step == steps[0]:
-                title = "\n".join(re.findall(r".{1,26}(?:\s|$)", image["caption"])[:3])
-                axis.set_title(title, fontsize=8, parse_math=False)
+            axis.set_xlabel(f"reward {image['reward']:.3f}\nrelative {image['relative']:+.3f}", fontsize=8)
+            title = "\n".join(textwrap.wrap(image["caption"], 26)[:3]) if step == steps[0] else ""
+            axis.set_title(title, fontsize=8, parse_math=False)
         row[0].set_ylabel(f"step {step}")
     figure.savefig(output, dpi=120)
 
 
 def save_reward_curve(history, output):
     """Draws rewards and scores of the training samples and of the validation images by update, as a PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4), layout="tight")
-    rewards = "Reward", ("reward_positive", "reward_negative", "validation_reward")
-    scores = "Relative score", ("score_denoise", "score_inversion", "validation_relative")
-    for axis, (title, names) in zip(figure.subplots(1, 2), (rewards, scores), strict=True):
+    figure = matplotlib_figure.Figure(figsize=(11, 4), layout="tight")
+    rewards = "reward_positive", "reward_negative", "validation_reward"
+    scores = "score_denoise", "score_inversion", "validation_relative"
+    for axis, names in zip(figure.subplots(1, 2), (rewards, scores), strict=True):
         for name in names:
             if rows := [(row["step"], row[name]) for row in history if name in row]:
                 style = "ko-" if name.startswith("validation") else "-"
                 axis.plot(*np.transpose(rows), style, label=name.replace("_", ", "), alpha=0.8)
-        axis.set(title=title, xlabel="update")
+        axis.set(title="Reward" if names is rewards else "Relative score", xlabel="update")
         axis.grid(alpha=0.3)
         axis.legend()
     figure.savefig(output, dpi=120)
@@ -925,9 +885,7 @@ def save_checkpoint(accelerator, transformer, run, state):
 
 def find_checkpoint(run, resume_from, max_train_steps):
     """The checkpoint to resume from, or `None`, and its [`RunState`]. `ValueError` if the run cannot go on with it."""
-    folder = resume_from
-    if folder == "latest":
-        folder = (list_checkpoints(run.output_dir) or [None])[-1]
+    folder = (list_checkpoints(run.output_dir) or [None])[-1] if resume_from == "latest" else resume_from
     if folder is None:
         return None, RunState()
     file = Path(folder, "trainer_state.json")
@@ -987,7 +945,6 @@ image = pipe(
     num_inference_steps={{ flags.num_inference_steps }}, guidance_scale={{ flags.validation_guidance_scale }},
     max_sequence_length={{ flags.max_sequence_length }}, output_type="pil",
 ).frames[0][0]
-image.save("fox.png")
 ```
 
 ## Training settings
@@ -997,8 +954,7 @@ image.save("fox.png")
 {% for name, value in flags | dictsort if value is not none and name not in hidden %}| `--{{ name }}` | {{
 value | join(" ") if value is iterable and value is not string else value }} |
 {% endfor %}
-Method: Shen et al. 2025, *Directly Aligning the Full Diffusion Trajectory with Fine-Grained Human Preference*,
-https://arxiv.org/abs/2509.06942.
+Method: SRPO, Shen et al. 2025, https://arxiv.org/abs/2509.06942.
 """
 
 
@@ -1028,8 +984,7 @@ def save_results(accelerator, transformer, run, state):
         bare, output, images = accelerator.unwrap_model(transformer), run.output_dir, run.output_dir / "images"
         logger.info(f"Saved {save_weights(weights, output, run.expert, dict(bare.config), lora_metadata(bare))}")
         save_reward_curve(state.history, output / "reward.png")
-        painted = [row["step"] for row in state.history if "validation_relative" in row]
-        painted = [step for step in painted if (images / f"step-{step}" / "scores.json").is_file()]
+        painted = [row["step"] for row in state.history if (images / f"step-{row['step']}/scores.json").is_file()]
         if painted:
             save_before_after(images, (painted[0], painted[-1]), output / "before_after.png")
         save_model_card(run, state.history)
@@ -1044,10 +999,9 @@ def with_retries(request, attempts=5):
         try:
             return request()
         except Exception as error:
-            cause = error
-            while getattr(cause, "response", None) is None and cause.__cause__ is not None:
-                cause = cause.__cause__  # huggingface_hub wraps what the storage answers
-            status = getattr(getattr(cause, "response", None), "status_code", 500)
+            # huggingface_hub wraps what the storage answers.
+            response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
+            status = 500 if response is None else response.status_code
             wrong = isinstance(error, (ValueError, FileNotFoundError)) or (status < 500 and status not in (408, 429))
             if wrong or attempt == attempts - 1:
                 raise
@@ -1058,10 +1012,10 @@ def with_retries(request, attempts=5):
 def upload(run, step):
     """Uploads the output folder without its checkpoints. If that fails, the folder is whole and a message says how."""
     ignored, folder = ["checkpoint-*", f"{run.flags['logging_dir']}/*"], str(run.output_dir)
-    request = partial(huggingface_hub.upload_folder, repo_id=run.repo_id, folder_path=folder)
-    options = {"commit_message": f"After {step} updates", "token": run.flags["hub_token"]}
+    options = {"repo_id": run.repo_id, "folder_path": folder, "token": run.flags["hub_token"]}
     try:
-        with_retries(lambda: request(ignore_patterns=[*ignored], **options))
+        options |= {"commit_message": f"After {step} updates", "ignore_patterns": [*ignored]}
+        with_retries(lambda: huggingface_hub.upload_folder(**options))
     except Exception as error:  # whatever it was, the run goes on and its files are safe
         exclude = [word for pattern in ignored for word in ("--exclude", pattern)]
         command = shlex.join(["hf", "upload", run.repo_id, folder, ".", *exclude])
@@ -1081,7 +1035,6 @@ def parse_args(input_args=None):
         usage="accelerate launch --config_file F %(prog)s --pretrained_model_name_or_path M --dataset_name D [...]",
         formatter_class=HelpFormatter,
     )
-
     # fmt: off
     add = parser.add_argument_group("model and data").add_argument
     add("--pretrained_model_name_or_path", required=True, help="Path to pretrained model or model identifier.")
@@ -1170,7 +1123,6 @@ def parse_args(input_args=None):
     add("--hub_private_repo", action="store_true", help="Whether to create the repository as private.")
     add("--hub_strategy", choices=["end", "checkpoint"], default="end", help="Push at the end, or at checkpoints too.")
     # fmt: on
-
     args = parser.parse_args(input_args)
     counts = "train_batch_size gradient_accumulation_steps max_train_steps max_sequence_length sampling_steps "
     counts += "num_inference_steps validation_steps checkpointing_steps updates_per_rollout rollout_batch_size "
@@ -1187,12 +1139,10 @@ def parse_args(input_args=None):
                 parser.error(f"`--{name}` must be {what}, but is {getattr(args, name)}.")
     (first, last), steps = args.train_timestep, args.num_inference_steps
     if not 0 <= first < last <= steps:
-        window = f"`--train_timestep {first} {last}`"
-        parser.error(f"{window} must be two growing steps of the {steps} `--num_inference_steps`.")
+        what = f"two growing steps of the {steps} `--num_inference_steps`"
+        parser.error(f"`--train_timestep {first} {last}` must be {what}.")
     if args.checkpointing_steps % args.updates_per_rollout:
-        parser.error(
-            "`--checkpointing_steps` must be a multiple of `--updates_per_rollout`, to resume with a new one."
-        )
+        parser.error("`--checkpointing_steps` must be a multiple of `--updates_per_rollout`: rollouts are not saved.")
     if args.renew_noise and args.updates_per_rollout == 1:
         parser.error("`--renew_noise` needs `--updates_per_rollout` above 1; each rollout has new noise anyway.")
     for name in ("lora_alpha", "lora_dropout", "lora_target_modules", "base_weights"):
@@ -1261,9 +1211,10 @@ def read_model_info(args):
         vae = diffusers.AutoencoderKLWan.from_config(diffusers.AutoencoderKLWan.load_config(**source, subfolder="vae"))
     two_experts = index.get("transformer_2", [None, None])[1] is not None
     if two_experts != (expert == "transformer_2"):
-        found = "two experts" if two_experts else "no `transformer_2`, only one expert"
-        advice = f"train it with `--transformer_subfolder {'transformer_2' if two_experts else 'transformer'}`"
-        raise ValueError(f"{flag} has {found}: {advice}.")
+        found, name = (
+            ("two experts", "transformer_2") if two_experts else ("no `transformer_2`, only one expert", "transformer")
+        )
+        raise ValueError(f"{flag} has {found}: train it with `--transformer_subfolder {name}`.")
     boundary_ratio = index.get("boundary_ratio") if two_experts else None
     if two_experts and boundary_ratio is None:
         raise ValueError(f"{flag} has no `boundary_ratio` in its model_index.json.")
@@ -1280,15 +1231,15 @@ def check_flags_for_model(args, model):
     (first, last), boundary = args.train_timestep, model.boundary_ratio
     if boundary is not None and schedule[first] > boundary + 1e-6:
         lowest = int((schedule > boundary + 1e-6).sum())
-        raise ValueError(
-            f"`--train_timestep {first} {last}` starts at sigma {schedule[first]:.3f}, above the boundary {boundary} "
-            "of the low-noise expert, which sees no such noise. The largest valid window of this schedule is "
-            f"`--train_timestep {lowest} {args.num_inference_steps}`."
+        problem = (
+            f"`--train_timestep {first} {last}` starts at sigma {schedule[first]:.3f}, above the boundary {boundary}"
         )
+        advice = f"largest valid window of this schedule is `--train_timestep {lowest} {args.num_inference_steps}`"
+        raise ValueError(f"{problem} of the low-noise expert, which sees no such noise. The {advice}.")
     if args.rollout_start == "boundary" and boundary is None:
         raise ValueError("`--rollout_start boundary` needs a model of two experts; this one has no boundary.")
     scale, (_, *patch) = model.vae.config.scale_factor_spatial, model.transformer.config.patch_size
-    validation = np.lcm(scale * patch[0], 16).item()  # WanPipeline's own demand
+    validation = np.lcm(scale * patch[0], 16).item()  # what WanPipeline demands of who paints the same
     for name, multiple in (("height", scale * patch[0]), ("width", scale * patch[1]), ("validation_size", validation)):
         if (value := getattr(args, name)) < 1 or value % multiple:
             problem = f"`--{name} {value}` must be a multiple of {multiple} for this model"
@@ -1301,9 +1252,8 @@ def check_flags_for_model(args, model):
 
 
 def weight_files(source, subfolder, stem, layer=None):
-    """The paths of the safetensors files of a model: `{stem}.safetensors` or its shards, or the one of them that holds
-    the tensor `layer`. `source` are those arguments of `from_pretrained` that say where the model is. Downloads what
-    is not there yet; `OSError` if there is no such file."""
+    """The paths of the safetensors files of a model, downloaded if need be: `{stem}.safetensors` or its shards, or the
+    one that holds the tensor `layer`. `source` are the arguments of `from_pretrained` that say where the model is."""
     path, variant = source["pretrained_model_name_or_path"], source.get("variant")
     options = {name: value for name, value in source.items() if name in ("revision", "cache_dir")}
     cached = partial(transformers.utils.cached_file, path, subfolder=subfolder, **options)
@@ -1334,8 +1284,7 @@ def read_shapes(files):
 
 
 def check_weights(model, found):
-    """Compares {name: shape} `found` in files with the tensors of a model, which may be on the meta device.
-    `ValueError` names what is missing, of another shape, or unknown."""
+    """Compares {name: shape} `found` in files with a model, e.g. on the meta device; `ValueError` if they differ."""
     names = {}  # names of the same tensor: one of them is enough
     for name, tensor in model.state_dict(keep_vars=True).items():
         names.setdefault(id(tensor), []).append(name)
@@ -1380,8 +1329,8 @@ def check_dataset(args, model):
                 raise ValueError(f"{problem} Embed the captions again for this model.")
     captions = {caption for rows in dataset.values() for caption in rows["caption"]}
     if lacking := [prompt for prompt in args.validation_prompts or () if prompt not in captions]:
-        advice = "Give it to `embed_prompts.py --validation_prompts`."
-        raise ValueError(f"`--validation_prompts`: {name} has no embedding of {lacking[0]!r}. {advice}")
+        problem = f"`--validation_prompts`: {name} has no embedding of {lacking[0]!r}."
+        raise ValueError(f"{problem} Give it to `embed_prompts.py --validation_prompts`.")
     if args.rollout_start == "boundary":
         rows, wanted = dataset["train"], {**vars(args), "rollout_shift": args.rollout_shift or model.flow_shift}
         lacking = {*BOUNDARY_COLUMNS, "boundary_settings"} - set(rows.column_names)
@@ -1409,7 +1358,6 @@ def check_reward(args):
         with input_error(f"`--reward_model_path {path}` is not of the architecture {HPS_ARCHITECTURE}"):
             check_weights(HPSReward.empty_model(), found)
         return
-
     if args.reward_model == "PickScore":
         args.reward_processor_path = args.reward_processor_path or PICKSCORE_PROCESSOR
         args.reward_model_path = args.reward_model_path or PICKSCORE_REPOSITORY
@@ -1466,21 +1414,23 @@ def check_deepspeed(args, config, num_processes):
 
 # ---- 12. Set-up, and the run. ---------------------------------------------------------------------------------------
 def make_accelerator(args):
-    """The [`Accelerator`] of the run, with DeepSpeed's settings filled in from the script's flags."""
+    """The [`Accelerator`] of the run, with DeepSpeed's settings filled in from the flags. Sets up libraries, too."""
+    diffusers.utils.check_min_version("0.40.0")
+    transformers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.set_verbosity_error()
+    set_seed(args.seed)
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     on_cpu, uses_deepspeed = not torch.accelerator.is_available(), os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     # The others wait while one process downloads or writes a model. On CPUs DeepSpeed must not look for NCCL.
-    backend = {"backend": "gloo"} if on_cpu and uses_deepspeed else {}
-    logging_dir = str(Path(args.output_dir, args.logging_dir))
+    group = {"timeout": timedelta(hours=2), **({"backend": "gloo"} if on_cpu and uses_deepspeed else {})}
+    options = {"cpu": on_cpu and not uses_deepspeed, "kwargs_handlers": [InitProcessGroupKwargs(**group)]}
+    options["project_config"] = ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir)))
+    options["gradient_accumulation_steps"] = args.gradient_accumulation_steps
+    options["step_scheduler_with_optimizer"] = False  # the learning rate follows updates, not updates times processes
     file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     with input_error(f"`accelerate launch` and its configuration files (DeepSpeed: `{file}`) cannot be used together"):
-        accelerator = Accelerator(
-            cpu=on_cpu and not uses_deepspeed,
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
-            log_with=None if args.report_to == "none" else args.report_to,
-            project_config=ProjectConfiguration(args.output_dir, logging_dir=logging_dir),
-            step_scheduler_with_optimizer=False,  # the learning rate follows updates, not updates times processes
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2), **backend)],
-        )
+        accelerator = Accelerator(log_with=None if args.report_to == "none" else args.report_to, **options)
     if accelerator.mixed_precision == "fp16":
         raise ValueError("`mixed_precision: fp16` is too narrow for Wan's transformer. Use bf16.")
     if accelerator.deepspeed_plugin:
@@ -1504,29 +1454,25 @@ def make_run(accelerator, args, model, dtype):
         options += [masters] if config.get("bf16", {}).get(masters) else []
         engine = ", ".join([f"ZeRO-{zero['stage']}", *options])
     fingerprint = weights_fingerprint(model.source, model.expert, DIFFUSERS_STEM, TRANSFORMER_LAYER)
-    identity = {
-        "engine": engine,
-        "mixed_precision": accelerator.mixed_precision,
-        "num_processes": accelerator.num_processes,
-        **{name: getattr(args, name) for name in ("transformer_subfolder", "optimizer", *batch)},
-        "base model, by a hash of its weights": fingerprint,
-        "LoRA rank, alpha and modules": [args.lora_rank, args.lora_alpha, args.lora_target_modules],
-        "learning rate and schedule": [args.learning_rate, args.lr_scheduler, args.lr_warmup_steps],
-        "betas, epsilon and decay": [args.adam_beta1, args.adam_beta2, args.adam_epsilon, args.adam_weight_decay],
-    }
+    identity = {"engine": engine, "mixed_precision": accelerator.mixed_precision}
+    identity |= {"num_processes": accelerator.num_processes, "base model, by a hash of its weights": fingerprint}
+    identity |= {name: getattr(args, name) for name in ("transformer_subfolder", "optimizer", *batch)}
+    identity["LoRA rank, alpha and modules"] = [args.lora_rank, args.lora_alpha, args.lora_target_modules]
+    identity["learning rate and schedule"] = [args.learning_rate, args.lr_scheduler, args.lr_warmup_steps]
+    adam = [args.adam_beta1, args.adam_beta2, args.adam_epsilon, args.adam_weight_decay]
+    identity["betas, epsilon and decay"] = adam
     repo_id, two_experts = args.hub_model_id or Path(args.output_dir).resolve().name, model.boundary_ratio is not None
     return Run(Path(args.output_dir), vars(args), model.expert, two_experts, dtype, identity, repo_id)
 
 
 def prepare_output(accelerator, run):
-    """Makes the repository to push to and the output folder, and starts logging. Returns the [`Run`] with the whole
-    name of the repository. Details are logged to `train.log` only."""
+    """Makes output folder and repository, and starts logging, details to `train.log` only. Returns the new [`Run`]."""
     logging.basicConfig(format=LOG_FORMAT, datefmt="%m/%d/%Y %H:%M:%S")
     for handler in logging.getLogger().handlers:
         handler.setLevel(logging.INFO)
     logger.setLevel(logging.DEBUG)
-    flags, output = run.flags, run.output_dir
     if accelerator.is_main_process:
+        flags, output = run.flags, run.output_dir
         if flags["push_to_hub"]:
             options = {"private": flags["hub_private_repo"], "token": flags["hub_token"], "exist_ok": True}
             with input_error(f"`--push_to_hub` cannot create `{run.repo_id}`; see `--hub_model_id` and `--hub_token`"):
@@ -1553,8 +1499,7 @@ def handle_stop_signals(handler, _worker=None):
 
 
 def set_up_transformer(transformer, args):
-    """Decides what of a transformer is trained, all or a LoRA, and how it is stored and computed. Returns it in eval
-    mode: the dropout of a LoRA, too, belongs to the graded step alone."""
+    """Decides what of a transformer is trained, and how it is stored and computed. Returns it, without dropout yet."""
     transformer.requires_grad_(args.lora_rank is None)
     dtype = transformer.dtype
     if args.lora_rank is not None:
@@ -1570,30 +1515,26 @@ def set_up_transformer(transformer, args):
     return transformer.eval()
 
 
-def load_models(accelerator, args, model, dtypes):
-    """The [`Models`] of the flags, but for the negative prompt; see [`choose_dtypes`] for `dtypes`."""
+def load_models(accelerator, args, model, dtypes, negative_prompt_embeds):
+    """The [`Models`] of the flags; see [`choose_dtypes`] for `dtypes`."""
     device, (weight_dtype, transformer_dtype) = accelerator.device, dtypes
     vae = diffusers.AutoencoderKLWan.from_pretrained(**model.source, subfolder="vae", dtype=weight_dtype)
+    flatten_vae(vae).requires_grad_(False).eval().to(device)
     options = {"device": device, "dtype": torch.bfloat16 if args.reward_dtype == "bf16" else torch.float32}
     kind = HPSReward if args.reward_model == "HPS" else partial(CLIPReward, processor_path=args.reward_processor_path)
+    reward = kind(args.reward_model_path, **options)
     load_expert = partial(diffusers.WanTransformer3DModel.from_pretrained, **model.source, subfolder=model.expert)
-    transformer, base = load_expert(dtype=transformer_dtype), None
     torch.manual_seed(args.seed)  # all processes make the same LoRA
-    set_up_transformer(transformer, args)
+    transformer, base = set_up_transformer(load_expert(dtype=transformer_dtype), args), None
     keep_rotary_tables(transformer, device)
     if args.drift_weight and args.lora_rank is None:
         base = load_expert(dtype=weight_dtype).requires_grad_(False).eval()
         keep_rotary_tables(base, device)
     scheduler = make_scheduler(args.rollout_scheduler, args.rollout_shift or model.flow_shift)
     boundary = model.boundary_ratio if args.rollout_start == "boundary" else None
+    solver = Solver(scheduler, args.sampling_steps, args.rollout_guidance_scale, boundary)
     token_patch = model.transformer.config.patch_size if model.expand_timesteps else None
-    return Models(
-        transformer=transformer,
-        vae=flatten_vae(vae).requires_grad_(False).eval().to(device),
-        reward=kind(args.reward_model_path, **options),
-        solver=Solver(scheduler, args.sampling_steps, args.rollout_guidance_scale, boundary),
-        **{"token_patch": token_patch, "base": base},
-    )
+    return Models(transformer, vae, reward, solver, negative_prompt_embeds, token_patch, base)
 
 
 def make_optimizer(args, parameters):
@@ -1601,10 +1542,8 @@ def make_optimizer(args, parameters):
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
     optimizer = partial(torch.optim.AdamW, fused=True)  # one kernel for all weights
     if args.optimizer == "adamw_8bit":
-        from torchao.optim import AdamW8bit  # optional
-
         # An update of 5e-6 is less than half a bf16 unit of most weights: rounded to the nearest, it would be lost.
-        optimizer = partial(AdamW8bit, bf16_stochastic_round=True)
+        optimizer = partial(torchao_optim.AdamW8bit, bf16_stochastic_round=True)
     betas = (args.adam_beta1, args.adam_beta2)
     return optimizer(parameters, args.learning_rate, betas, args.adam_epsilon, args.adam_weight_decay)
 
@@ -1620,9 +1559,9 @@ def make_validation(args, dataset, collate, model):
     rows = [rows.get(caption) or dataset["train"][numbers[caption]] for caption in captions]
     scheduler = diffusers.UniPCMultistepScheduler.from_pretrained(**model.source, subfolder="scheduler")
     solver = Solver(scheduler, args.num_inference_steps, args.validation_guidance_scale)
-    own = {"captions": captions, "prompt_embeds": collate(rows)["prompt_embeds"], "solver": solver}
-    own |= {"shape": model.latent_shape(args.validation_size, args.validation_size)}
-    return settings_of(Validation, vars(args) | own | {"folder": Path(args.output_dir, "images")})
+    shape, folder = model.latent_shape(args.validation_size, args.validation_size), Path(args.output_dir, "images")
+    settings = args.train_batch_size, folder, args.validation_steps, args.max_train_steps
+    return Validation(captions, collate(rows)["prompt_embeds"], solver, shape, *settings)
 
 
 def gather_means(accelerator, metrics, received):
@@ -1635,11 +1574,6 @@ def gather_means(accelerator, metrics, received):
 
 
 def main(args):
-    # Will error if the minimal version of diffusers is not installed. Remove at your own risks.
-    diffusers.utils.check_min_version("0.40.0")
-    transformers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.set_verbosity_error()
-
     # 1. Refuse what cannot succeed before any model is loaded.
     with one_line_errors():
         check_output_dir(args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir)
@@ -1657,15 +1591,11 @@ def main(args):
     if args.resume_from_checkpoint and checkpoint is None:
         logger.warning(f"`{args.output_dir}` holds no checkpoint yet: training starts at step 0.")
     logger.info(accelerator.state, main_process_only=False)
-    set_seed(args.seed)
-    if args.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-
     # 2. Load models and data. Captions were encoded before, so the text encoder stays on disk.
     collate = partial(collate_fn, max_sequence_length=args.max_sequence_length, dtype=dtypes[1])
     negative = collate([dataset["negative"][0]])["prompt_embeds"].to(device)
-    models = load_models(accelerator, args, model, dtypes)._replace(negative_prompt_embeds=negative)
-    validation = make_validation(args, dataset, collate, model)
+    models = load_models(accelerator, args, model, dtypes, negative)
+    recipe, validation = settings_of(Recipe, vars(args)), make_validation(args, dataset, collate, model)
     transformer, base = models.transformer, models.base
     partition_weights(accelerator, transformer)
     optimizer = make_optimizer(args, transformer.parameters())
@@ -1683,31 +1613,27 @@ def main(args):
     accelerator.init_trackers(TRACKER_NAME, config=flags)
 
     # 3. Paint what the base model paints, and go on where a checkpoint stands.
-    def validate_if_due():
-        due = state.step % args.validation_steps == 0 or state.step == args.max_train_steps
-        done = any(row["step"] == state.step and "validation_reward" in row for row in state.history)
-        if validation is not None and due and not done:
-            validate(accelerator, models, validation, state)
-
     if checkpoint is not None:
         if validation is not None and not (validation.folder / "step-0" / "scores.json").is_file():
-            validate(accelerator, models, validation, RunState())
+            validate(accelerator, models, recipe, validation, RunState())
         lenient = "load_module_strict" if uses_deepspeed else "strict"  # frozen weights under a LoRA are there already
         accelerator.load_state(str(checkpoint), **({} if args.lora_rank is None else {lenient: False}))
         logger.info(f"Resumed from {checkpoint} at step {state.step}")
-    validate_if_due()
-
+    validate(accelerator, models, recipe, validation, state)
     # 4. What an update is made of.
-    recipe, shape = settings_of(Recipe, vars(args)), model.latent_shape(args.height, args.width)
+    shape = model.latent_shape(args.height, args.width)
     accumulation, reuses = args.gradient_accumulation_steps, args.updates_per_rollout
     numbers = range(state.step // reuses * accumulation, -(-args.max_train_steps // reuses) * accumulation)
     share = args.train_batch_size, accelerator.process_index, accelerator.num_processes
     sampler = SampleSampler(len(dataset["train"]), args.seed, numbers, *share)
     columns = ["caption", "prompt_embeds", *(BOUNDARY_COLUMNS if args.rollout_start == "boundary" else ())]
     rows = dataset["train"].select_columns(columns).with_format("numpy")
-    workers = {"num_workers": args.dataloader_num_workers, "pin_memory": device.type == "cuda"}
-    workers["worker_init_fn"] = partial(handle_stop_signals, signal.SIG_IGN)
-    dataloader = torch.utils.data.DataLoader(rows, batch_sampler=sampler, collate_fn=collate, **workers)
+    workers = {
+        "num_workers": args.dataloader_num_workers,
+        "worker_init_fn": partial(handle_stop_signals, signal.SIG_IGN),
+    }
+    options = {"batch_sampler": sampler, "collate_fn": collate, "pin_memory": device.type == "cuda"}
+    dataloader = torch.utils.data.DataLoader(rows, **options, **workers)
     batches = zip(map(sampler.samples, sampler.numbers), dataloader, strict=True)
     samples_per_update = args.train_batch_size * accelerator.num_processes * accumulation
     logger.info("***** Running training *****")
@@ -1729,8 +1655,8 @@ def main(args):
             batch_size = args.rollout_batch_size or args.train_batch_size
             rollouts = make_rollouts(models, islice(batches, accumulation), recipe, shape, group, batch_size)
         elif args.renew_noise:
-            noise = [draw_noise(recipe, shape, group, rollout.samples, reuse).to(device) for rollout in rollouts]
-            rollouts = [rollout._replace(noise=new) for rollout, new in zip(rollouts, noise, strict=True)]
+            new = (draw_noise(recipe, shape, group, rollout.samples, reuse) for rollout in rollouts)
+            rollouts = [each._replace(noise=next(new).to(device, non_blocking=True)) for each in rollouts]
         # 6. Inject noise, step, recover, decode, score, back-propagate, update.
         metrics = update(accelerator, models, optimizer, rollouts, recipe, step)
         # 7. Log.
@@ -1751,7 +1677,7 @@ def main(args):
         # 8. Images and checkpoints. A rollout is not saved, so it is used up before the run stops.
         stopped_by = received if reuse == reuses - 1 else 0
         if not stopped_by:
-            validate_if_due()
+            validate(accelerator, models, recipe, validation, state)
         if state.step % args.checkpointing_steps == 0 or stopped_by:
             save_checkpoint(accelerator, transformer, run, state)
             if args.hub_strategy == "checkpoint" and not stopped_by and state.step < args.max_train_steps:
@@ -1764,9 +1690,8 @@ def main(args):
         save_results(accelerator, transformer, run, state)
     accelerator.end_training()
     if stopped_by:
-        how = "Continue with the same command and `--resume_from_checkpoint latest`."
-        name = signal.Signals(stopped_by).name
-        logger.warning(f"Stopped by {name} after {state.step} updates, which are saved. {how}")
+        what = f"Stopped by {signal.Signals(stopped_by).name} after {state.step} updates, which are saved."
+        logger.warning(f"{what} Continue with the same command and `--resume_from_checkpoint latest`.")
         raise SystemExit(128 + stopped_by)
 
 
