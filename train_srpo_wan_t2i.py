@@ -681,9 +681,11 @@ def partition_weights(accelerator, transformer):
     return True
 
 
-def prepare_base(accelerator, base):
-    """Makes a frozen copy of the transformer compute as the prepared one does: in the same precision, and under ZeRO-3
-    with its weights split among processes. `Accelerator.prepare` fills in the configuration first."""
+def load_base(accelerator, model, dtype):
+    """A frozen copy of the transformer that computes as the prepared one does: in the same precision, and under ZeRO-3
+    with its weights split among processes. `Accelerator.prepare` fills in DeepSpeed's configuration first."""
+    base = diffusers.WanTransformer3DModel.from_pretrained(**model.source, subfolder=model.expert, dtype=dtype)
+    keep_rotary_tables(base.requires_grad_(False).eval(), accelerator.device)
     if accelerator.deepspeed_plugin is None:
         base.to(accelerator.device).forward = accelerator.autocast()(base.forward)
         return base
@@ -1523,18 +1525,15 @@ def load_models(accelerator, args, model, dtypes, negative_prompt_embeds):
     options = {"device": device, "dtype": torch.bfloat16 if args.reward_dtype == "bf16" else torch.float32}
     kind = HPSReward if args.reward_model == "HPS" else partial(CLIPReward, processor_path=args.reward_processor_path)
     reward = kind(args.reward_model_path, **options)
-    load_expert = partial(diffusers.WanTransformer3DModel.from_pretrained, **model.source, subfolder=model.expert)
+    expert = {**model.source, "subfolder": model.expert, "dtype": transformer_dtype}
+    transformer = diffusers.WanTransformer3DModel.from_pretrained(**expert)
     torch.manual_seed(args.seed)  # all processes make the same LoRA
-    transformer, base = set_up_transformer(load_expert(dtype=transformer_dtype), args), None
-    keep_rotary_tables(transformer, device)
-    if args.drift_weight and args.lora_rank is None:
-        base = load_expert(dtype=weight_dtype).requires_grad_(False).eval()
-        keep_rotary_tables(base, device)
+    keep_rotary_tables(set_up_transformer(transformer, args), device)
     scheduler = make_scheduler(args.rollout_scheduler, args.rollout_shift or model.flow_shift)
     boundary = model.boundary_ratio if args.rollout_start == "boundary" else None
     solver = Solver(scheduler, args.sampling_steps, args.rollout_guidance_scale, boundary)
     token_patch = model.transformer.config.patch_size if model.expand_timesteps else None
-    return Models(transformer, vae, reward, solver, negative_prompt_embeds, token_patch, base)
+    return Models(transformer, vae, reward, solver, negative_prompt_embeds, token_patch)
 
 
 def make_optimizer(args, parameters):
@@ -1596,11 +1595,11 @@ def main(args):
     negative = collate([dataset["negative"][0]])["prompt_embeds"].to(device)
     models = load_models(accelerator, args, model, dtypes, negative)
     recipe, validation = settings_of(Recipe, vars(args)), make_validation(args, dataset, collate, model)
-    transformer, base = models.transformer, models.base
-    partition_weights(accelerator, transformer)
-    optimizer = make_optimizer(args, transformer.parameters())
-    transformer, optimizer = accelerator.prepare(transformer, optimizer)
-    models = models._replace(transformer=transformer, base=base and prepare_base(accelerator, base))
+    partition_weights(accelerator, models.transformer)
+    optimizer = make_optimizer(args, models.transformer.parameters())
+    transformer, optimizer = accelerator.prepare(models.transformer, optimizer)
+    base = load_base(accelerator, model, dtypes[0]) if args.drift_weight and args.lora_rank is None else None
+    models = models._replace(transformer=transformer, base=base)
     # With offload, DeepSpeed's AdamW for the CPU replaces the optimizer; the schedule must set the rate of that one.
     adam = optimizer.optimizer.optimizer if uses_deepspeed else optimizer.optimizer
     recompute_bias_correction(adam)

@@ -19,7 +19,7 @@ import re
 import sys
 import weakref
 from collections import Counter
-from functools import partial
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -41,7 +41,6 @@ PROCESS = 3.0 * GB  # of each process on the host: Python, PyTorch, CUDA
 ADAMW_8BIT = 2 * (1 + 4 / 256)  # bytes of both states: 8 bits of each, and a float32 for every block of 256
 TIGHT = 0.95  # share of a GPU above which fragmentation may end a run that fits by the figures
 MEASURED_LAYERS = 3  # the first block differs from all others
-STATE = "computed; not measured on this card yet"
 
 # Phases of a run. After "forward" through the transformer, "image" is the way to the loss and back to the first
 # gradient of a weight, and "backward" the rest. "loading" and later are of the host.
@@ -70,7 +69,7 @@ def read_launch(config_file, deepspeed_config_file=None):
     does. `ValueError` if a file is missing or says what the estimate does not know.
     """
     flag = f"`--config_file {config_file}`"
-    with trainer.blame(f"{flag} is not a configuration of Accelerate"):
+    with trainer.input_error(f"{flag} is not a configuration of Accelerate"):
         config = dict(yaml.safe_load(text := Path(config_file).read_text()))
         processes, machines = (int(config.get(name, 1)) for name in ("num_processes", "num_machines"))
         kind, precision, deepspeed = config["distributed_type"], config.get("mixed_precision", "no"), None
@@ -81,7 +80,7 @@ def read_launch(config_file, deepspeed_config_file=None):
     if kind == "DEEPSPEED":
         path = deepspeed_config_file or (config.get("deepspeed_config") or {}).get("deepspeed_config_file")
         name = "`--deepspeed_config_file" if deepspeed_config_file else "`deepspeed_config_file:"
-        with trainer.blame(f"{name} {path}` of {flag} is not a configuration of DeepSpeed that the estimate knows"):
+        with trainer.input_error(f"{name} {path}` of {flag} is not a DeepSpeed configuration that the estimate knows"):
             deepspeed, precision = json.loads(Path(path).read_text()), "bf16"
             zero = deepspeed["zero_optimization"]
             devices = {(zero.get(name) or {}).get("device", "none") for name in ("offload_optimizer", "offload_param")}
@@ -98,7 +97,7 @@ def parse_args(input_args=None):
     parser.add_argument("--deepspeed_config_file", help="As of `accelerate launch`: instead of the one in the YAML.")
     parser.add_argument("--gpu_memory_gb", type=float, help="Memory of one GPU. Default: that of this machine's.")
     parser.add_argument("--host_memory_gb", type=float, help="Memory of one machine. Default: that of this one.")
-    parser.add_argument("--markdown", action="store_true", help="Print a row of the table in README.md.")
+    parser.add_argument("--markdown", action="store_true", help="Print a row of the table in docs/hardware.md.")
     unread = ["--pretrained_model_name_or_path", "Wan-AI/Wan2.2-T2V-A14B-Diffusers", "--dataset_name", "unread"]
 
     def refuse(_parser, message):
@@ -146,102 +145,128 @@ def assign_data(module, function, recurse=True):
     return module
 
 
-def make_transformer(args, launch, layers=MEASURED_LAYERS):
-    """The transformer with `layers` blocks, in the types in which script and engine hold it, and its input's type."""
-    source, kind = trainer.model_source(args), trainer.WanTransformer3DModel
-    transformer = kind.from_config(kind.load_config(**source, subfolder=args.transformer_subfolder), num_layers=layers)
-    full_precision = launch.deepspeed is None and args.optimizer == "adamw" and args.lora_rank is None
-    dtype = torch.bfloat16 if launch.mixed_precision == "bf16" and not full_precision else torch.float32
-    kept = set(transformer._keep_in_fp32_modules if launch.deepspeed is None else [])  # DeepSpeed casts all
+def make_transformer(config, dtype, launch, layers):
+    """A transformer with `layers` blocks, in the types in which `from_pretrained` and then the engine hold it."""
+    transformer = trainer.diffusers.WanTransformer3DModel.from_config(config, num_layers=layers)
+    kept = set(transformer._keep_in_fp32_modules if launch.deepspeed is None else ())  # DeepSpeed casts all
     for name, parameter in transformer.named_parameters():
         parameter.data = parameter.data.to(torch.float32 if kept & set(name.split(".")) else dtype)
-    if args.lora_rank is not None:
-        trainer.add_lora(transformer, args)
-        trainer.cast_training_params(transformer, torch.float32 if launch.deepspeed is None else torch.bfloat16)
-    if args.base_weights == "fp8":
-        transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
-    if args.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
     if launch.deepspeed is None and launch.mixed_precision == "bf16":
         transformer.forward = torch.autocast("cpu", torch.bfloat16, cache_enabled=False)(transformer.forward)
-    return transformer, dtype
+    return transformer
 
 
-def make_reward_model(args, dtype):
-    """The reward model of the flags without its weights and without texts, whose few tokens do not count."""
-    kind = trainer.HPSReward if args.reward_model == "HPS" else trainer.CLIPReward
-    reward_model = kind.__new__(kind)
-    trainer.RewardModel.__init__(reward_model)
+def make_reward(args, empty):
+    """The reward model of the flags, from an `empty` one on the meta device. Texts, few tokens, do not count."""
+    reward = object.__new__(trainer.HPSReward if args.reward_model == "HPS" else trainer.CLIPReward)
+    trainer.RewardModel.__init__(reward)
+    fake = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in empty.state_dict().items()}
+    empty.load_state_dict(fake, assign=True)
+    size = empty.visual.image_size[0] if args.reward_model == "HPS" else empty.config.vision_config.image_size
+    reward.model, reward.image_size, reward.encode_texts = empty, size, lambda texts: torch.zeros(len(texts), 1)
+    reward.scale, reward.mean, reward.std = 1.0, [0.5] * 3, [0.5] * 3
+    reward.freeze("cpu", torch.bfloat16 if args.reward_dtype == "bf16" else torch.float32)
+    return reward
+
+
+def empty_reward(args):
+    """The network of the reward model of the flags on the meta device. `ValueError` if it is not known."""
     if args.reward_model == "HPS":
-        model = kind.empty_model(trainer.HPS_ARCHITECTURE)
-        model.load_state_dict({key: torch.empty(meta.shape) for key, meta in model.state_dict().items()}, assign=True)
-        reward_model.image_size = model.visual.image_size[0]
-    else:
-        path = args.reward_model_path or (trainer.PICKSCORE_REPOSITORY if args.reward_model == "PickScore" else None)
-        with trainer.blame(f"`--reward_model_path {path}` is not the folder or Hub id of a CLIPModel"):
-            model = trainer.CLIPModel(trainer.AutoConfig.from_pretrained(path))
-        reward_model.image_size = model.config.vision_config.image_size
-    reward_model.model, reward_model.encode_texts = model, lambda texts: torch.zeros(len(texts), 1)
-    reward_model.scale, reward_model.mean, reward_model.std = 1.0, [0.5] * 3, [0.5] * 3
-    reward_model.freeze("cpu", dtype)
-    return reward_model
+        return trainer.HPSReward.empty_model()
+    path = args.reward_model_path or (trainer.PICKSCORE_REPOSITORY if args.reward_model == "PickScore" else None)
+    with trainer.input_error(f"`--reward_model_path {path}` is not the folder or Hub id of a CLIPModel"):
+        config = trainer.transformers.AutoConfig.from_pretrained(path)
+        with torch.device("meta"):
+            return trainer.transformers.CLIPModel(config)
 
 
-def run_phases(args, model, transformer, dtype, vae, reward_model, scheduler):
-    """
-    Takes one step of a rollout, one graded pass and the parts of a validation image, on fake tensors. Returns {phase:
-    most bytes beyond weights}, where gradients of weights are dropped as soon as they are made, and the bytes that
-    each further block of the transformer keeps from "forward" to "backward".
-    """
-    branches = [trainer.Branch(n, 0.6, 0.5, 0.0) for n in ("denoise", "inversion") if args.branches in ("both", n)]
-    factor, batch, tracker, entered = model.vae_scale_factor, args.train_batch_size, StorageTracker(), []
-    for module in (transformer, vae, reward_model):
-        list(map(tracker.track, (*module.eval().parameters(), *module.buffers())))
-    weights, velocity = tracker.live, partial(trainer.predict_velocity, transformer)
+def make_models(args, model, launch, layers=MEASURED_LAYERS):
+    """The `Models` of the training script as its `load_models` and the engine make them, but with `layers` blocks, and
+    without reward and solver."""
+    choice = launch.mixed_precision, args.optimizer, args.lora_rank, launch.deepspeed is not None
+    weight_dtype, dtype = trainer.choose_dtypes(*choice)
+    config, base = model.transformer.config, None
+    transformer = make_transformer(config, dtype, launch, layers)
+    # A compiled block has no fake tensors, and takes about the memory of one that is not.
+    trainer.set_up_transformer(transformer, argparse.Namespace(**{**vars(args), "compile": False}))
+    if launch.deepspeed is not None:
+        for parameter in transformer.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)  # a LoRA too
+    if args.drift_weight and args.lora_rank is None:
+        base = make_transformer(config, weight_dtype, launch, layers).requires_grad_(False).eval()
+    vae = trainer.flatten_vae(trainer.diffusers.AutoencoderKLWan.from_config(model.vae.config))
+    return trainer.Models(
+        transformer=transformer,
+        vae=vae.requires_grad_(False).eval().to(weight_dtype),
+        negative_prompt_embeds=torch.empty(1, args.max_sequence_length, config.text_dim, dtype=dtype),
+        token_patch=config.patch_size if model.expand_timesteps else None,
+        base=base,
+    )
+
+
+def paint(models, shape, guidance_scale):
+    """Paints latents of `shape`, (B, C, T, H, W), in one step, both halves of guidance in one batch."""
+    solver = models.solver._replace(guidance_scale=guidance_scale)
+    prompt_embeds = models.negative_prompt_embeds.repeat(shape[0], 1, 1)
+    return trainer.paint_latents(models._replace(solver=solver), torch.empty(shape), prompt_embeds)
+
+
+def run_phases(args, model, models, plan):
+    """Takes one step of a rollout, one graded pass, back and forth, and paints validation images in one step, all on
+    fake tensors. Returns {phase: most bytes beyond weights}, where gradients of weights are dropped as soon as they
+    are made, and the bytes that each further block of the transformer keeps from "forward" to "backward"."""
+    recipe, batch = trainer.settings_of(trainer.Recipe, vars(args)), args.train_batch_size
+    transformer, tracker, entered = models.transformer, StorageTracker(), []
+    for module in filter(None, (transformer, models.base, models.vae, models.reward)):
+        list(map(tracker.track, (*module.parameters(), *module.buffers())))
+    weights = tracker.live
+
+    def enter_block(*_):
+        if torch.is_grad_enabled():  # not in the pass of a LoRA's base
+            entered.append(tracker.live)
 
     def leave_transformer(*_):
-        tracker.phase = "image" if tracker.phase == "forward" else tracker.phase
+        if torch.is_grad_enabled() and tracker.phase == "forward":
+            tracker.phase = "image"
 
     def drop_gradient(parameter):
         tracker.phase, parameter.grad = "backward", None
 
-    def sized(height, width):
-        latents = torch.empty(batch, model.in_channels, 1, height // factor, width // factor)
-        tokens = latents[0, 0].numel() // (model.patch_size[1] * model.patch_size[2])
-        return latents, partial(velocity, tokens_per_sample=tokens if model.expand_timesteps else None)
-
     transformer.register_forward_hook(leave_transformer)
     for block in transformer.blocks:
-        block.register_forward_pre_hook(lambda *_: entered.append(tracker.live))
+        block.register_forward_pre_hook(enter_block)
     for parameter in filter(lambda parameter: parameter.requires_grad, transformer.parameters()):
         parameter.register_post_accumulate_grad_hook(drop_gradient)
     with tracker:
         tracker.phase = "rollout"
-        embeds = torch.empty(batch, args.max_sequence_length, model.text_dim, dtype=dtype)
-        noise, velocity_fn = sized(args.height, args.width)
         together = min(args.rollout_batch_size or batch, batch * args.gradient_accumulation_steps)
-        starts, texts = noise[:1].repeat(together, 1, 1, 1, 1), embeds[:1].expand(together, -1, -1)
-        trainer.rollout(velocity_fn, scheduler, starts, texts, texts, 1, args.rollout_guidance_scale)
-        x0 = torch.empty_like(noise)
-        tracker.phase, entered[:] = "forward", []
+        shape = model.latent_shape(args.height, args.width)
+        paint(models, (together, *shape), args.rollout_guidance_scale)
+        tracker.phase = "forward"
+        noise, x0 = torch.empty(2, batch, *shape)
+        prompt_embeds = models.negative_prompt_embeds.repeat(batch, 1, 1)
+        rollout = trainer.Rollout(["caption"] * batch, prompt_embeds, range(batch), noise, x0)
         transformer.train()
-        inputs = (vae, reward_model, x0, noise, embeds, ["caption"] * batch, ("positive", "negative"), branches, args)
-        loss, metrics = trainer.graded_pass(velocity_fn, *inputs)
+        loss, metrics = trainer.graded_pass(models, rollout, plan, recipe)
         loss.backward()
-        del loss, metrics, x0, noise, starts, texts, inputs
+        transformer.eval()
+        del loss, metrics, noise, x0, prompt_embeds, rollout
         if args.validation_prompts != []:
             tracker.phase = "validation"
-            with torch.no_grad():  # WanPipeline runs guidance in two passes; its decoder keeps a cache
-                latents, velocity_fn = sized(args.validation_size, args.validation_size)
-                velocity_fn(latents, 0.5, embeds)
-                vae.decode(latents.to(vae.dtype))
+            count = min(batch, len(args.validation_prompts or range(batch)))
+            shape = count, *model.latent_shape(args.validation_size, args.validation_size)
+            with torch.no_grad():  # as `paint_validation` does it: the VAE is the flat one here too
+                x0 = paint(models, shape, args.validation_guidance_scale)
+                pixels, _ = trainer.decode_latents(models.vae, x0)
+                models.reward(pixels, ["caption"] * count)
     return {phase: peak - weights for phase, peak in tracker.peaks.items() if phase}, entered[2] - entered[1]
 
 
 class Measured(NamedTuple):
-    """What a run puts on its GPU, whatever the engine: bytes but for keys and values of `weights`."""
+    """What a run puts on its GPU, whatever the engine: bytes but for keys and values of `weights` and `base`."""
 
     weights: Counter  # {(elements, bytes of an element, is trained): number of such parameters of the transformer}
+    base: Counter  # the same of the frozen copy for the drift
     itemsize: int  # of an element as the transformer is loaded
     frozen: int  # VAE and reward model
     peaks: dict  # {phase: most beyond weights}, as of [`run_phases`], for all layers
@@ -251,29 +276,42 @@ class Measured(NamedTuple):
         return sum(n * (each or b) * number for (n, b, t), number in self.weights.items() if t or not trained)
 
 
+def count_weights(transformer, layers):
+    """The `weights` of [`Measured`] if the transformer had so many `layers`, of which all but the first are alike."""
+    weights = Counter()
+    for name, p in transformer.named_parameters():
+        number = 1 if not name.startswith("blocks.") else layers if name.startswith("blocks.0.") else 0
+        weights[p.numel(), p.element_size(), p.requires_grad] += number
+    return weights
+
+
+@contextmanager
+def fake_tensors():
+    """Makes tensors that have shapes but no data."""
+    # Noise levels were computed before, and have some.
+    with mock.patch.object(torch.nn.Module, "_apply", assign_data), FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+
+
 def measure(args, launch):
     """[`Measured`] for a run with the flags `args`. `ValueError` if the training script refuses flags or model."""
     model = trainer.read_model_info(args)
-    trainer.check_sizes(args, model)
-    trainer.check_window(args, model)
-    source, weights = trainer.model_source(args), Counter()
-    layers = trainer.WanTransformer3DModel.load_config(**source, subfolder=args.transformer_subfolder)["num_layers"]
-    vae_config = trainer.AutoencoderKLWan.load_config(**source, subfolder="vae")
-    weight_dtype = torch.bfloat16 if launch.mixed_precision == "bf16" else torch.float32
-    reward_dtype = {None: weight_dtype, "fp32": torch.float32, "bf16": torch.bfloat16}[args.reward_dtype]
-    scheduler = trainer.FlowMatchEulerDiscreteScheduler()  # reads values, which fake tensors lack
-    with mock.patch.object(torch.nn.Module, "_apply", assign_data), FakeTensorMode():
-        vae = trainer.flatten_vae(trainer.AutoencoderKLWan.from_config(vae_config))
-        vae.requires_grad_(False).to(weight_dtype)
-        reward_model = make_reward_model(args, reward_dtype)
-        frozen = sum(t.nbytes for module in (vae, reward_model) for t in (*module.parameters(), *module.buffers()))
-        transformer, dtype = make_transformer(args, launch)
-        for name, p in transformer.named_parameters():
-            number = 1 if not name.startswith("blocks.") else layers if name.startswith("blocks.0.") else 0
-            weights[p.numel(), p.element_size(), p.requires_grad] += number
-        peaks, each = run_phases(args, model, transformer, dtype, vae, reward_model, scheduler)
+    trainer.check_flags_for_model(args, model)
+    layers, empty = model.transformer.config.num_layers, empty_reward(args)
+    # Plan and scheduler compute with the values of tensors, which fake ones lack.
+    recipe, scheduler = trainer.settings_of(trainer.Recipe, vars(args)), trainer.make_scheduler("euler", shift=1.0)
+    solver = trainer.Solver(scheduler, num_steps=1, guidance_scale=args.rollout_guidance_scale)
+    plan = trainer.plan_update(recipe, step=0, samples=range(args.train_batch_size))
+    with fake_tensors():
+        models = make_models(args, model, launch)._replace(reward=make_reward(args, empty), solver=solver)
+        modules = models.vae, models.reward
+        frozen = sum(t.nbytes for module in modules for t in (*module.parameters(), *module.buffers()))
+        weights = count_weights(models.transformer, layers)
+        base = Counter() if models.base is None else count_weights(models.base, layers)
+        peaks, each = run_phases(args, model, models, plan)
     peaks |= {name: peaks[name] + each * (layers - MEASURED_LAYERS) for name in ("forward", "image", "backward")}
-    return Measured(weights, dtype.itemsize, frozen, peaks)
+    itemsize = models.negative_prompt_embeds.itemsize
+    return Measured(weights, base, itemsize, frozen, peaks)
 
 
 # ---- What the engine holds: rows of (what, bytes, in which phases), on one GPU, and on the host for one process. ----
@@ -336,6 +374,18 @@ def zero_engine(args, launch, measured, largest):
     ]
 
 
+def frozen_copy(launch, measured):
+    """The untrained weights that `--drift_weight` holds the velocity near. When the engine has taken its memory, each
+    process reads them whole; then they go to the GPU, or where its part of the parameters is under ZeRO-3."""
+    name, size = "frozen copy for the drift", sum(n * b * number for (n, b, _), number in measured.base.items())
+    zero = {} if launch.deepspeed is None else launch.deepspeed["zero_optimization"]
+    on_cpu, part = zero.get("offload_param") or {}, 1 / launch.processes if zero.get("stage") == 3 else 1
+    if on_cpu.get("device") != "cpu":
+        return [(name, size * part, TRAINING), (name, size, "training")]
+    kept = sum(locked(n * b * part, on_cpu) * number for (n, b, _), number in measured.base.items())
+    return [(name, max(size, kept), "training"), (name, kept, "saving")]
+
+
 # ---- The estimate. --------------------------------------------------------------------------------------------------
 def estimate(args, launch, measured):
     """
@@ -343,10 +393,11 @@ def estimate(args, launch, measured):
     in the phases of `GPU`, on the fullest machine in those of `HOST`. `ValueError` if DeepSpeed's file is not clear.
     """
     engine, local = plain_engine if launch.deepspeed is None else zero_engine, launch.processes // launch.machines
-    with trainer.blame("The estimate does not know what the DeepSpeed file says"):
+    with trainer.input_error("The estimate does not know what the DeepSpeed file says"):
         rows = engine(args, launch, measured, max(n for n, _, trained in measured.weights if trained))
     itemsize = 2 if launch.mixed_precision == "bf16" else 4
-    saved = measured.total(itemsize, trained=True) + (measured.total(itemsize) if args.save_merged else 0)
+    saved = measured.total(itemsize, trained=True)
+    rows += frozen_copy(launch, measured)
     rows += [
         ("frozen models", measured.frozen, GPU),
         ("CUDA context", CUDA_CONTEXT, GPU),
@@ -382,12 +433,12 @@ def report(own, launch, table):
 
 
 def markdown_row(own, args, flags, launch, table):
-    """The row of the table in README.md for this run."""
+    """The row of the table in docs/hardware.md for this run."""
     use = "full" if args.lora_rank is None else f"LoRA, rank {args.lora_rank}"
     shown = ["--deepspeed_config_file", own.deepspeed_config_file] * bool(own.deepspeed_config_file) + flags
     shown = " ".join(shown).replace(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} ", "")
     gpu, host = (f"{max(sum(table[phase].values()) for phase in side.split()) / GB:.1f}" for side in (GPU, HOST))
-    return f"| {launch.machine} | {use} | `{own.config_file}` | `{shown}` | {gpu} | {host} | {STATE} |"
+    return f"| {launch.machine} | {use} | `{own.config_file}` | `{shown}` | {gpu} | {host} |"
 
 
 def main(input_args=None):

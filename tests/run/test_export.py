@@ -14,13 +14,13 @@ import torch
 from export_checkpoint import main, parse_args
 from helpers import LORA, ROOT, TWO_PROCESSES, edit_json, file_hashes, load_weights, run_command, same_bits
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from diffusers import WanPipeline, WanTransformer3DModel
 
 
-def export(checkpoint, output_dir):
-    main(parse_args([str(checkpoint), "--output_dir", str(output_dir)]))
+def export(checkpoint, output_dir, *flags):
+    main(parse_args([str(argument) for argument in (checkpoint, "--output_dir", output_dir, *flags)]))
     return output_dir
 
 
@@ -151,10 +151,10 @@ def checkpoint(plain_run, tmp_path):
 def refusal(tmp_path):
     """Function: a checkpoint that must be refused -> the message. Fails if it is not one line or a file changes."""
 
-    def refuse(checkpoint, output_dir=tmp_path / "exported"):
+    def refuse(checkpoint, output_dir=tmp_path / "exported", flags=()):
         before = file_hashes(tmp_path), sorted(tmp_path.rglob("*"))
         with pytest.raises(SystemExit) as caught:
-            export(checkpoint, output_dir)
+            export(checkpoint, output_dir, *flags)
         assert (file_hashes(tmp_path), sorted(tmp_path.rglob("*"))) == before
         assert re.fullmatch("error: .*", caught.value.code), "one line, which makes Python exit with 1"
         return caught.value.code.removeprefix("error: ")
@@ -188,6 +188,11 @@ def test_a_checkpoint_of_a_version_that_wrote_less(refusal, checkpoint, name):
     assert message.endswith(f"'{name}'")
 
 
+def set_engine(checkpoint, engine):
+    run = json.loads((checkpoint / "trainer_state.json").read_text())["run"]
+    edit_json(checkpoint / "trainer_state.json", run={**run, "engine": engine})
+
+
 def test_a_checkpoint_that_does_not_say_its_engine(refusal, checkpoint):
     edit_json(checkpoint / "trainer_state.json", run={})
     assert_names_the_incomplete(refusal(checkpoint), checkpoint)
@@ -204,14 +209,39 @@ def test_a_checkpoint_whose_weights_are_cut_off(refusal, checkpoint):
     assert refusal(checkpoint).startswith(f"`{checkpoint}` lacks files, or cannot be read: ")
 
 
+def edit_weights(checkpoint, edit):
+    weights = load_file(checkpoint / "model.safetensors")
+    edit(weights)
+    save_file(weights, checkpoint / "model.safetensors")
+
+
+def test_a_checkpoint_that_lacks_a_tensor(refusal, checkpoint):
+    edit_weights(checkpoint, lambda weights: weights.pop("blocks.1.attn1.to_q.weight"))
+    expected = "is damaged: the weights lack 1 tensors, such as `blocks.1.attn1.to_q.weight`"
+    assert refusal(checkpoint) == f"`{checkpoint}` {expected}"
+
+
+def test_a_checkpoint_with_a_tensor_of_another_shape(refusal, checkpoint):
+    edit_weights(checkpoint, lambda weights: weights.update({"proj_out.bias": torch.zeros(3)}))
+    expected = "is damaged: the weights have other shapes of 1 tensors, such as `proj_out.bias`"
+    assert refusal(checkpoint) == f"`{checkpoint}` {expected}"
+
+
+def test_a_checkpoint_of_a_lora_that_lacks_a_tensor(refusal, quick_lora, tmp_path):
+    checkpoint = Path(shutil.copytree(quick_lora / "checkpoint-2", tmp_path / "checkpoint-2"))
+    edit_weights(checkpoint, lambda weights: weights.pop("blocks.0.attn2.to_v.lora_B.default.weight"))
+    expected = "is damaged: the weights lack 1 tensors, such as `blocks.0.attn2.to_v.lora_B.default.weight`"
+    assert refusal(checkpoint) == f"`{checkpoint}` {expected}"
+
+
 def test_a_checkpoint_of_zero_without_any_shard(refusal, checkpoint):
-    edit_json(checkpoint / "trainer_state.json", run={"engine": "ZeRO-2"})
+    set_engine(checkpoint, "ZeRO-2")
     assert refusal(checkpoint).startswith(f"`{checkpoint}` lacks files, or cannot be read: ")
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_checkpoint_of_zero_without_the_shard_of_one_process(refusal, checkpoint, stage):
-    edit_json(checkpoint / "trainer_state.json", run={"engine": f"ZeRO-{stage}"})
+    set_engine(checkpoint, f"ZeRO-{stage}")
     (checkpoint / "pytorch_model").mkdir()
     model = {"buffer_names": [], "module": {}, "param_shapes": [], "shared_params": {}}
     torch.save(model, checkpoint / "pytorch_model/zero_pp_rank_0_mp_rank_00_model_states.pt")
@@ -221,6 +251,12 @@ def test_a_checkpoint_of_zero_without_the_shard_of_one_process(refusal, checkpoi
     assert message.startswith(
         f"`{checkpoint}` lacks files, or cannot be read: Expected 2 of '*_optim_states.pt' under"
     )
+
+
+@pytest.mark.parametrize("flag", ["pretrained_model_name_or_path", "revision", "variant", "cache_dir"])
+def test_flags_of_merging_without_merging(refusal, checkpoint, flag):
+    expected = f"`--{flag}` needs `--merge`; otherwise no base model is read."
+    assert refusal(checkpoint, flags=[f"--{flag}", "x"]) == expected
 
 
 def test_an_output_folder_that_is_not_empty(refusal, checkpoint, tmp_path):

@@ -1,25 +1,26 @@
 """What `scripts/estimate_memory.py` measures with tensors without memory is what real tensors take."""
 
-from contextlib import contextmanager
-from functools import partial
-from unittest import mock
-
-import estimate_memory
 import pytest
 import torch
-from estimate_memory import MEASURED_LAYERS, Launch, StorageTracker, make_transformer, parse_args, run_phases
-from torch._subclasses.fake_tensor import FakeTensorMode
+from estimate_memory import MEASURED_LAYERS, Launch, StorageTracker, fake_tensors, make_models, parse_args, run_phases
+from helpers import draw
 from torch.profiler import profile
 
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
-from train_srpo_wan_t2i import Branch, ModelInfo, RewardModel, graded_pass, predict_velocity, read_model_info
-
-
-@contextmanager
-def fake_tensors():
-    with mock.patch.object(torch.nn.Module, "_apply", estimate_memory.assign_data), FakeTensorMode():
-        yield
+from train_srpo_wan_t2i import (
+    ModelInfo,
+    Models,
+    Recipe,
+    RewardModel,
+    Rollout,
+    Solver,
+    graded_pass,
+    make_scheduler,
+    plan_update,
+    read_model_info,
+    settings_of,
+)
 
 
 class PatchReward(RewardModel):
@@ -39,58 +40,76 @@ class PatchReward(RewardModel):
         return torch.ones(len(texts), 8)
 
 
+def plan_of(args):
+    recipe = settings_of(Recipe, vars(args))
+    return plan_update(recipe, 0, range(args.train_batch_size)), recipe
+
+
+def euler():
+    return Solver(make_scheduler("euler", 1.0), num_steps=1, guidance_scale=3.0)
+
+
+LAUNCH = Launch("", 1, 1, "NO", "bf16", None)
+FP8 = ["--gradient_checkpointing", "--lora_rank", "4", "--base_weights", "fp8"]
+
+
 @pytest.mark.parametrize(
-    "mixed_precision, flags",
+    "flags",
     [
-        ("bf16", []),
-        pytest.param(
-            "bf16", ["--gradient_checkpointing", "--lora_rank", "4", "--base_weights", "fp8"], marks=pytest.mark.slow
-        ),
+        [],
+        pytest.param(["--drift_weight", "1", "--gradient_checkpointing"], marks=pytest.mark.slow),
+        pytest.param(FP8, marks=pytest.mark.slow),
+        [*FP8, "--drift_weight", "1"],
     ],
-    ids=["autocast", "fp8"],
+    ids=["autocast", "drift", "fp8", "fp8 and drift"],
 )
-def test_activations_are_a_line_in_the_layers(tiny_model, mixed_precision, flags):
+def test_activations_are_a_line_in_the_layers(tiny_model, flags):
     size = "--height 64 --width 64 --max_sequence_length 16 --validation_prompts".split()
     *_, args = parse_args(["--config_file", "", "--pretrained_model_name_or_path", str(tiny_model), *flags, *size])
-    launch, model = Launch("", 1, 1, "NO", mixed_precision, None), read_model_info(args)
-    scheduler = FlowMatchEulerDiscreteScheduler()
+    model, (plan, _) = read_model_info(args), plan_of(args)
     peaks = {}
     for layers in (MEASURED_LAYERS, 4):
+        solver = euler()
         with fake_tensors():
-            transformer, dtype = make_transformer(args, launch, layers)
-            vae = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(tiny_model, subfolder="vae"))
-            models = (vae.requires_grad_(False), PatchReward(), scheduler)
-            peaks[layers], each = run_phases(args, model, transformer, dtype, *models)
+            models = make_models(args, model, LAUNCH, layers)._replace(reward=PatchReward(), solver=solver)
+            peaks[layers], each = run_phases(args, model, models, plan)
     for phase in ("forward", "image", "backward"):
         peaks[MEASURED_LAYERS][phase] += each * (4 - MEASURED_LAYERS)
+    assert each > 0
     assert peaks[MEASURED_LAYERS] == peaks[4]
 
 
-def test_tracked_memory_is_that_of_real_tensors(make_args):
+def small_models():
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 64, "text_dim": 64, "ffn_dim": 512, "num_layers": 3}
+    transformers = [WanTransformer3DModel(**sizes).to(torch.bfloat16) for _ in range(2)]
+    vae = AutoencoderKLWan(base_dim=16, num_res_blocks=1).requires_grad_(False).to(torch.bfloat16)
+    return transformers[0], transformers[1].requires_grad_(False), vae, PatchReward()
+
+
+@pytest.mark.parametrize("drift_weight", [0, 1])
+def test_tracked_memory_is_that_of_real_tensors(make_args, drift_weight):
     """One graded pass of a small model with fake tensors, and with real ones under PyTorch's profiler."""
-    args = make_args("--height", 64, "--width", 64, "--max_sequence_length", 16)
+    args = make_args("--height", 64, "--width", 64, "--max_sequence_length", 16, "--drift_weight", drift_weight)
     args.validation_prompts = []
-    model = ModelInfo(True, 0.875, False, (1, 2, 2), 16, 64, 8, 3.0)
+    (plan, recipe), solver = plan_of(args), euler()
 
-    def build():
-        sizes = {"num_attention_heads": 2, "attention_head_dim": 64, "text_dim": 64, "ffn_dim": 512, "num_layers": 3}
-        vae = AutoencoderKLWan(base_dim=16, num_res_blocks=1).requires_grad_(False).to(torch.bfloat16)
-        return WanTransformer3DModel(**sizes).to(torch.bfloat16), vae, PatchReward()
+    def build(embeds):
+        transformer, base, vae, reward = small_models()
+        return Models(transformer, vae, reward, solver, embeds, base=base), ModelInfo(
+            {}, "transformer_2", 0.875, False, 3.0, transformer, vae
+        )
 
-    scheduler = FlowMatchEulerDiscreteScheduler()
     with fake_tensors():
-        transformer, vae, reward_model = build()
-        tracked, _ = run_phases(args, model, transformer, torch.bfloat16, vae, reward_model, scheduler)
+        models, model = build(torch.empty(1, 16, 64, dtype=torch.bfloat16))
+        tracked, _ = run_phases(args, model, models, plan)
 
-    transformer, vae, reward_model = build()
-    for parameter in transformer.train().parameters():
+    models, _ = build(draw(0, 1, 16, 64).bfloat16())
+    for parameter in models.transformer.train().parameters():
         parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
-    noise, embeds = torch.randn(1, 16, 1, 8, 8), torch.randn(1, 16, 64, dtype=torch.bfloat16)
-    branches = [Branch("denoise", 0.6, 0.5, 0.0), Branch("inversion", 0.6, 0.5, 0.0)]
-    velocity_fn = partial(predict_velocity, transformer)
+    noise = draw(1, 1, 16, 1, 8, 8)
+    rollout = Rollout(["caption"], models.negative_prompt_embeds, range(1), noise, noise)
     with profile(profile_memory=True) as profiled:
-        inputs = (vae, reward_model, noise, noise, embeds, ["caption"], ("positive", "negative"), branches, args)
-        graded_pass(velocity_fn, *inputs)[0].backward()
+        graded_pass(models, rollout, plan, recipe)[0].backward()
     live = peak = 0
     events = (event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]")
     for event in sorted(events, key=lambda event: event.start_ns()):
