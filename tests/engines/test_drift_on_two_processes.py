@@ -25,6 +25,9 @@ from train_srpo_wan_t2i import main, parse_args
 
 FOUR_STEPS = "--max_train_steps 4 --checkpointing_steps 2 --drift_weight 10".split()
 
+# Far enough for a drift of thousandths: the rounding of velocities to bfloat16 alone is one of 1e-5.
+FAR_LORA = [*LORA, "--learning_rate", 0.02]
+
 RUNS = [
     pytest.param(run, marks=() if run == "zero3_offload" else pytest.mark.slow)
     for run in ("zero2", "zero3_offload", "zero3 and LoRA")
@@ -35,7 +38,7 @@ RUNS = [
 def runs(request, launch):
     """Of one engine: four updates on two processes, and the last two of them again, from their checkpoint."""
     engine, *lora = request.param.split(" and ")
-    launcher, flags = f"{TWO_RANKS} --deepspeed_config_file ds_configs/{engine}.json", LORA if lora else []
+    launcher, flags = f"{TWO_RANKS} --deepspeed_config_file ds_configs/{engine}.json", FAR_LORA if lora else []
     straight = launch(launcher, *FOUR_STEPS, *flags)
     resumed = launch(launcher, *FOUR_STEPS, *flags, "--resume_from_checkpoint", straight / "checkpoint-2")
     return SimpleNamespace(flags=flags, straight=straight, resumed=resumed)
@@ -57,7 +60,7 @@ def test_the_numbers_are_those_of_one_process_up_to_bfloat16(runs, train):
     expected = train(*FOUR_STEPS, *runs.flags, "--train_batch_size", 2)
     assert logged(runs.straight, "score", 4) == pytest.approx(logged(expected, "score", 4), abs=0.02)
     assert logged(runs.straight, "loss", 4) == pytest.approx(logged(expected, "loss", 4), abs=0.02)
-    assert logged(runs.straight, "drift", 4) == pytest.approx(logged(expected, "drift", 4), rel=0.25)
+    assert logged(runs.straight, "drift", 4) == pytest.approx(logged(expected, "drift", 4), rel=0.25, abs=3e-5)
 
 
 def test_zero_3_splits_the_copy_as_it_splits_the_expert(command, own_signal_handlers, monkeypatch, tmp_path):
