@@ -668,16 +668,16 @@ def keep_rotary_tables(transformer, device):
         setattr(transformer.rope, name, table.to(device))
 
 
-def partition_weights(accelerator, transformer):
+def partition_weights(accelerator, transformer, dtype):
     """Under ZeRO-3, splits the weights among processes, and returns `True`. DeepSpeed would first move all to each."""
     config = accelerator.deepspeed_plugin.deepspeed_config if accelerator.deepspeed_plugin else {}
     if config.get("zero_optimization", {}).get("stage") != 3:
         return False
     for parameter in transformer.parameters():
-        parameter.data = parameter.data.to(torch.bfloat16)
+        parameter.data = parameter.data.to(dtype)
     names = ("bf16", "zero_optimization", "train_micro_batch_size_per_gpu")
     needed = {name: config[name] for name in names if name in config}
-    deepspeed.zero.Init(module=transformer, dtype=torch.bfloat16, config_dict_or_path=needed)
+    deepspeed.zero.Init(module=transformer, dtype=dtype, config_dict_or_path=needed)
     return True
 
 
@@ -689,9 +689,9 @@ def load_base(accelerator, model, dtype):
     if accelerator.deepspeed_plugin is None:
         base.to(accelerator.device).forward = accelerator.autocast()(base.forward)
         return base
-    if not partition_weights(accelerator, base):
-        return base.bfloat16().to(accelerator.device)
-    return deepspeed.initialize(model=base, config=accelerator.deepspeed_plugin.deepspeed_config)[0].eval()
+    if not partition_weights(accelerator, base, dtype):
+        return base.to(accelerator.device, dtype)
+    return deepspeed.initialize(model=base, config=accelerator.deepspeed_plugin.deepspeed_config)[0]
 
 
 def recompute_bias_correction(optimizer):
@@ -1001,12 +1001,12 @@ def with_retries(request, attempts=5):
         try:
             return request()
         except Exception as error:
-            # huggingface_hub wraps what the storage answers.
-            response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
-            status = 500 if response is None else response.status_code
+            if getattr(error, "response", None) is None and hasattr(error.__cause__, "response"):
+                error = error.__cause__  # huggingface_hub wraps what the storage answers
+            status = getattr(getattr(error, "response", None), "status_code", 500)
             wrong = isinstance(error, (ValueError, FileNotFoundError)) or (status < 500 and status not in (408, 429))
             if wrong or attempt == attempts - 1:
-                raise
+                raise error
             logger.warning(f"The Hub failed: {error}\nTrying again in {2**attempt} s.")
             time.sleep(2**attempt)
 
@@ -1595,7 +1595,7 @@ def main(args):
     negative = collate([dataset["negative"][0]])["prompt_embeds"].to(device)
     models = load_models(accelerator, args, model, dtypes, negative)
     recipe, validation = settings_of(Recipe, vars(args)), make_validation(args, dataset, collate, model)
-    partition_weights(accelerator, models.transformer)
+    partition_weights(accelerator, models.transformer, dtypes[0])
     optimizer = make_optimizer(args, models.transformer.parameters())
     transformer, optimizer = accelerator.prepare(models.transformer, optimizer)
     base = load_base(accelerator, model, dtypes[0]) if args.drift_weight and args.lora_rank is None else None

@@ -8,7 +8,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import ExitStack, contextmanager
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from unittest import mock
 
@@ -71,13 +71,14 @@ class PlainLoop:
         self.args = args = trainer.parse_args([str(flag) for flag in flags])
         trainer.check_reward(args)
         self.model = trainer.read_model_info(args)
-        self.dataset = trainer.load_prompt_dataset(args.dataset_name)
-        source, expert = args.pretrained_model_name_or_path, args.transformer_subfolder
+        self.recipe = trainer.settings_of(trainer.Recipe, vars(args))
+        dataset = trainer.load_prompt_dataset(args.dataset_name)
         dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
-        self.transformer = WanTransformer3DModel.from_pretrained(source, subfolder=expert).to(DEVICE)
-        self.vae = AutoencoderKLWan.from_pretrained(source, subfolder="vae", dtype=dtype).to(DEVICE)
+        source = self.model.source
+        self.transformer = WanTransformer3DModel.from_pretrained(**source, subfolder=self.model.expert).to(DEVICE)
+        self.vae = AutoencoderKLWan.from_pretrained(**source, subfolder="vae", dtype=dtype).to(DEVICE)
         self.vae.requires_grad_(False)
-        self.reward_model = trainer.load_reward_model(args, DEVICE, dtype)
+        self.reward = trainer.CLIPReward(args.reward_model_path, args.reward_processor_path, DEVICE)
         self.optimizer = torch.optim.AdamW(
             self.transformer.parameters(),
             args.learning_rate,
@@ -85,19 +86,18 @@ class PlainLoop:
             args.adam_epsilon,
             args.adam_weight_decay,
         )
-        self.sigmas = trainer.make_train_sigmas(
-            args.num_inference_steps, args.shift, args.train_timestep, args.timestep_length
+        collate = partial(
+            trainer.collate_fn, max_sequence_length=args.max_sequence_length, dtype=self.transformer.dtype
         )
-        collate = {"max_sequence_length": args.max_sequence_length, "dtype": torch.float32}
-        rows, indices = self.dataset["train"], range(args.max_train_steps)
-        sampler = trainer.SampleSampler(len(rows), args.seed, indices, args.train_batch_size)
+        rows, numbers = dataset["train"], range(args.max_train_steps)
+        sampler = trainer.SampleSampler(len(rows), args.seed, numbers, args.train_batch_size)
         self.samples = sampler.samples
-        self.batches = (trainer.collate_fn([rows[index] for index in batch], **collate) for batch in sampler)
-        self.negative = trainer.collate_fn([self.dataset["negative"][0]], **collate)["prompt_embeds"].to(DEVICE)
+        self.batches = (collate([rows[index] for index in batch]) for batch in sampler)
+        self.negative = collate([dataset["negative"][0]])["prompt_embeds"].to(DEVICE)
 
     def velocity(self, latents, sigma, prompt_embeds):
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
-            return trainer.predict_velocity(self.transformer, latents, sigma, prompt_embeds)
+            return trainer.transformer_velocity(self.transformer, latents, sigma, prompt_embeds)
 
     @torch.no_grad()
     def rollout(self, latents, prompt_embeds):
@@ -117,37 +117,33 @@ class PlainLoop:
         )
         return self.vae.decode((latents * std + mean).to(self.vae.dtype)).sample[:, :, 0].float() / 2 + 0.5
 
+    def branch_loss(self, branch, x0, noise, prompt_embeds, texts):
+        """The loss of one sample in one branch; `texts` are its captions with the positive and the negative word."""
+        x0_hat = trainer.direct_align_step(
+            lambda x, sigma: self.velocity(x, sigma, prompt_embeds), x0, noise, branch.sigma_from, branch.sigma_to
+        )
+        features = self.reward.encode_images(self.decode(x0_hat))
+        towards, away = (self.reward.encode_texts([text]) for text in (texts[::-1] if branch.swap else texts))
+        score = self.reward.scale * trainer.srp_score(features, towards, away, branch.discount.to(DEVICE))
+        return trainer.srpo_loss(score, self.args.reward_margin)
+
     def update(self, step):
         """One update; returns its seconds."""
-        args, reward_model = self.args, self.reward_model
+        args = self.args
         synchronize()
         started = time.perf_counter()
-        batch = next(self.batches)
-        shape = self.model.in_channels, 1, args.height // self.model.vae_scale_factor
-        shape = *shape, args.width // self.model.vae_scale_factor
-        noises = trainer.make_noise(args, step, self.samples(step), shape).to(DEVICE)
-        generator = trainer.make_generator(args.seed, trainer.POSITION, step)
-        margin = trainer.POSITION_MARGIN
-        position = torch.randint(margin, args.timestep_length - margin + 1, (), generator=generator).item()
-        branches = trainer.make_branches(args, self.sigmas, position)
-        words = [words[step % len(words)] for words in (args.positive_words, args.negative_words)]
-        for caption, embeds, noise in zip(batch["captions"], batch["prompt_embeds"], noises, strict=True):
-            embeds, noise = embeds[None].to(DEVICE), noise[None]
-            x0 = self.rollout(noise, embeds)
-            for branch in branches:
-                x0_hat = trainer.direct_align_step(
-                    lambda x, sigma, embeds=embeds: self.velocity(x, sigma, embeds),
-                    x0,
-                    noise,
-                    branch.sigma_from,
-                    branch.sigma_to,
-                )
-                features = reward_model.encode_images(self.decode(x0_hat))
-                wanted = words if branch.name == "denoise" else words[::-1]
-                texts = [reward_model.encode_texts([f"{word}. {caption}"]) for word in wanted]
-                score = reward_model.scale * trainer.srp_score(features, *texts, branch.discount)
-                loss = trainer.srpo_loss(score, args.reward_margin)
-                (loss / (len(branches) * args.train_batch_size)).backward()
+        batch, samples = next(self.batches), self.samples(step)
+        shape = self.model.latent_shape(args.height, args.width)
+        noises = trainer.draw_noise(self.recipe, shape, step, samples).to(DEVICE)
+        rows = zip(samples, batch["captions"], batch["prompt_embeds"], noises, strict=True)
+        for sample, caption, prompt_embeds, noise in rows:
+            plan = trainer.plan_update(self.recipe, step, [sample])
+            prompt_embeds, noise = prompt_embeds[None].to(DEVICE), noise[None]
+            x0 = self.rollout(noise, prompt_embeds)
+            texts = [f"{word}. {caption}" for word in (plan.positive_word, plan.negative_word)]
+            for branch in plan.branches:
+                loss = self.branch_loss(branch, x0, noise, prompt_embeds, texts)
+                (loss / (len(plan.branches) * len(samples))).backward()
         torch.nn.utils.clip_grad_norm_(self.transformer.parameters(), args.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -206,7 +202,7 @@ class Anatomy:
     def watch(self):
         """Within it, everything that the trainer or the plain loop does is counted."""
         stations = [
-            (trainer, "rollout", "rollout"),
+            (trainer, "paint_latents", "rollout"),
             (PlainLoop, "rollout", "rollout"),
             (trainer, "direct_align_step", "graded pass"),
             (trainer, "decode_latents", "decode"),

@@ -13,7 +13,6 @@ mean square difference of the latents from those of 200 UniPC steps, over the la
 
 import argparse
 import json
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +21,7 @@ from measure import MINIATURE, ROOT
 from diffusers import WanPipeline
 
 from drawings import GUIDANCE_SCALE, MAX_SEQUENCE_LENGTH, captions
-from train_srpo_wan_t2i import make_generator, make_scheduler, predict_velocity, rollout
+from train_srpo_wan_t2i import Models, Solver, make_generator, make_scheduler, paint_latents
 
 
 STEPS = (4, 6, 8, 10, 12, 16, 20, 25, 40)
@@ -33,16 +32,17 @@ EXACT_STEPS = 200
 def main(output_dir):
     pipeline = WanPipeline.from_pretrained(MINIATURE / "model", transformer=None, vae=None, dtype=torch.float32)
     prompts = captions()
-    embeds = [
-        pipeline.encode_prompt(text, None, False, max_sequence_length=MAX_SEQUENCE_LENGTH)[0]
-        for text in (prompts, [""] * len(prompts))
-    ]
+    prompt_embeds, negative = (
+        pipeline.encode_prompt(texts, None, False, max_sequence_length=MAX_SEQUENCE_LENGTH)[0]
+        for texts in (prompts, [""])
+    )
+    models = Models(pipeline.transformer_2, negative_prompt_embeds=negative)
     noise = torch.randn(len(prompts), 8, 1, 8, 8, generator=make_generator(0))
     shift = pipeline.scheduler.config.flow_shift
 
-    def paint(solver, steps):
-        velocity = partial(predict_velocity, pipeline.transformer_2)
-        return rollout(velocity, make_scheduler(solver, shift), noise, *embeds, steps, GUIDANCE_SCALE)
+    def paint(name, steps):
+        solver = Solver(make_scheduler(name, shift), steps, GUIDANCE_SCALE)
+        return paint_latents(models._replace(solver=solver), noise, prompt_embeds)
 
     exact = paint("unipc", EXACT_STEPS)
     print(f"{'steps':>6}{'euler':>9}{'unipc':>9}")

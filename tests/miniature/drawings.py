@@ -32,6 +32,7 @@ STYLES = ("flat", "real")
 
 LIGHT = 0.35  # how much brighter the lit half of a "real" object is than the other, relative to the whole of it
 FLAT_BELOW, REAL_FROM = 0.35, 0.5  # of LIGHT; between them a style is "unclear"
+LEAST_AREA = 100  # pixels of an object, for the judge to see one at all
 LOWEST_IOU = 0.7  # between an object and the best fitting shape, for the judge to name a shape at all
 
 ROWS, COLUMNS = np.mgrid[:SIZE, :SIZE].astype(np.float32)
@@ -100,18 +101,19 @@ def shade_distance(image, colour, darkest, brightest):
     return np.linalg.norm(image - shade[..., None] * colour, axis=-1)
 
 
+def overlap(mask, shape):
+    """Intersection over union of the (64, 64) boolean `mask` with a `shape` of its centre of gravity and its area."""
+    template = centred_template(shape, ROWS[mask].mean(), COLUMNS[mask].mean(), mask.sum())
+    return (mask & template).sum() / (mask | template).sum()
+
+
 def nearest_shape(mask):
     """Name of the shape that fits the (64, 64) boolean `mask` best, or "unclear" where none fits."""
-    area = mask.sum()
-    if area < 100:
+    if mask.sum() < LEAST_AREA:
         return "unclear"
-    row, column = ROWS[mask].mean(), COLUMNS[mask].mean()
-    overlap = {}
-    for shape in SHAPES:
-        template = centred_template(shape, row, column, area)
-        overlap[shape] = (mask & template).sum() / (mask | template).sum()
-    best = max(overlap, key=overlap.get)
-    return best if overlap[best] >= LOWEST_IOU else "unclear"
+    overlaps = {shape: overlap(mask, shape) for shape in SHAPES}
+    best = max(overlaps, key=overlaps.get)
+    return best if overlaps[best] >= LOWEST_IOU else "unclear"
 
 
 def centred_template(shape, row, column, area):
@@ -130,18 +132,28 @@ def light(image, mask):
     return (lit - dark) / brightness[mask].mean() / LIGHT
 
 
-def judge_image(image):
-    """What one (64, 64, 3) uint8 image shows: a dict of colour, shape, background and style."""
-    image = image.astype(np.float32)
+def find_object(image):
+    """
+    Where the object is in a (64, 64, 3) float32 image: the names of its background and of its colour, its boolean mask
+    (64, 64), and that of its core, without shadow and border. Colour and mask are None where nothing is painted.
+    """
     sides = image.swapaxes(0, 1)
     border = np.concatenate([image[:4], image[-4:], sides[:4], sides[-4:]])
     background = nearest(np.median(border, (0, 1)), BACKGROUNDS)
     off_ground = shade_distance(image, BACKGROUNDS[background], 0.5, 1.2)
     core = off_ground > 0.6 * np.quantile(off_ground, 0.95)
-    if core.sum() < 100:
-        return {"colour": "unclear", "shape": "unclear", "background": background, "style": "unclear"}
+    if core.sum() < LEAST_AREA:
+        return background, None, None, core
     colour = nearest(np.median(image[core], 0), COLOURS)
-    mask = off_ground > shade_distance(image, COLOURS[colour], 0.5, 1.5)
+    return background, colour, off_ground > shade_distance(image, COLOURS[colour], 0.5, 1.5), core
+
+
+def judge_image(image):
+    """What one (64, 64, 3) uint8 image shows: a dict of colour, shape, background and style."""
+    image = image.astype(np.float32)
+    background, colour, mask, core = find_object(image)
+    if mask is None:
+        return {"colour": "unclear", "shape": "unclear", "background": background, "style": "unclear"}
     found = {"colour": colour, "shape": nearest_shape(mask), "background": background}
     amount = light(image, core)
     return found | {"style": "flat" if amount < FLAT_BELOW else "real" if amount >= REAL_FROM else "unclear"}
@@ -161,3 +173,17 @@ def caption_accuracy(images, captions):
 def style_share(images, style):
     """Share of the images that the judge finds to be of `style` ("flat", "real" or "unclear")."""
     return float(np.mean([found["style"] == style for found in judge(images)]))
+
+
+def shape_fidelity(images, captions):
+    """
+    How well the objects keep the shapes that their captions name, from 0 to 1: the mean intersection over union of
+    what is painted with the ideal shape of the same place and size; 0 where nothing is painted. Fresh drawings reach
+    0.97. It falls long before the judge stops to recognise a shape, and so shows early that training goes too far.
+    """
+    fits = []
+    for image, caption in zip(images, captions, strict=True):
+        mask = find_object(image.astype(np.float32))[2]
+        painted = mask is not None and mask.sum() >= LEAST_AREA
+        fits.append(overlap(mask, parse_caption(caption)[1]) if painted else 0.0)
+    return float(np.mean(fits))

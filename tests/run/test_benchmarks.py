@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, distance, gradient_descent, load_weights, run_command
+from helpers import MINIATURE, ROOT, distance, gradient_descent, load_weights, run_command
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +47,14 @@ def test_the_stations_add_up_to_the_step(step_time):
 
 @pytest.fixture
 def measure(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    for folder in (MINIATURE, ROOT / "benchmarks"):
+        monkeypatch.syspath_prepend(folder)
     measure = importlib.import_module("measure")
     monkeypatch.setattr(measure, "DEVICE", torch.device("cpu"))
     return measure
 
 
 ONE_UPDATE = ["--max_train_steps", 1, "--checkpointing_steps", 1, "--train_batch_size", 2]
-
 ONE_UPDATE += ["--rollout_scheduler", "euler", "--sampling_steps", 3, *gradient_descent(10)]
 
 
@@ -82,3 +82,30 @@ def test_the_benchmarks_count_the_same_forwards_for_both_and_more_flop_for_a_3d_
     for anatomy in (ours, plain):
         assert anatomy.seconds.keys() == {"rollout", "graded pass", "decode", "reward", "optimizer"}
         assert min(anatomy.seconds.values()) > 0
+
+
+# ---- Effects are compared at equal shapes. --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compare_costs(measure):
+    return importlib.import_module("effect").compare_costs
+
+
+def row(updates, seconds, fidelity):
+    """What the judge says after so many updates."""
+    verdict = {"real_style_share": 0.86, "caption_accuracy": 1.0, "shape_fidelity": fidelity}
+    return {"settings": "", "updates": updates, "seconds": seconds, **verdict}
+
+
+def test_costs_of_an_effect_are_ratios_of_seconds_and_of_flop(compare_costs):
+    result = compare_costs(row(12, 60.0, 0.901), row(16, 5.0, 0.897), {"plain": 8e12, "fast": 2e12})
+    assert result["seconds_ratio"] == 12.0
+    assert result["flop_ratio"] == 12 * 8 / (16 * 2)
+    assert (result["shape_fidelity_plain"], result["shape_fidelity_fast"]) == (0.901, 0.897)
+
+
+@pytest.mark.parametrize("plain, fast", [(0.90, 0.88), (0.88, 0.90)])
+def test_an_effect_that_costs_more_of_the_shapes_is_not_compared(compare_costs, plain, fast):
+    with pytest.raises(SystemExit, match=rf"not comparable: .* {plain:.3f} and {fast:.3f}"):
+        compare_costs(row(12, 60.0, plain), row(16, 5.0, fast), {"plain": 8e12, "fast": 2e12})

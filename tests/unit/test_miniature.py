@@ -18,6 +18,7 @@ from miniature.drawings import (
     captions,
     draw,
     judge,
+    shape_fidelity,
     style_share,
 )
 from safetensors import safe_open
@@ -60,6 +61,35 @@ def test_judge_rejects_other_captions_and_empty_pictures(drawings):
     images, texts, _ = drawings
     assert caption_accuracy(images, texts[2:] + texts[:2]) == 0.0
     assert caption_accuracy(np.full((2, 64, 64, 3), 128, np.uint8), captions()[:2]) == 0.0
+
+
+def test_fidelity_is_high_where_the_shape_of_the_caption_was_drawn(drawings):
+    images, texts, _ = drawings
+    for shape in SHAPES:
+        of_shape = [index for index, text in enumerate(texts) if shape in text]
+        assert shape_fidelity(images[of_shape], [texts[index] for index in of_shape]) >= 0.94
+
+
+def test_fidelity_is_low_for_other_shapes_and_zero_for_empty_pictures(drawings):
+    images, texts, _ = drawings
+    shapes = list(SHAPES)
+    others = [text.replace(shape, shapes[shapes.index(shape) - 1]) for text in texts for shape in [text.split()[2]]]
+    assert shape_fidelity(images, others) <= 0.75
+    empty = np.full((1, 64, 64, 3), 128, np.uint8)
+    assert shape_fidelity(empty, texts[:1]) == 0.0
+    half = shape_fidelity(np.concatenate([images[:1], empty]), texts[:2])
+    assert half == shape_fidelity(images[:1], texts[:1]) / 2
+
+
+def test_fidelity_falls_where_a_shape_melts_or_frays_but_is_still_recognised(drawings):
+    images, texts, _ = drawings
+    waves = np.rint(4 * np.sin(np.arange(64) / 3)).astype(int)
+    melted = np.stack([np.roll(images[:, :, x], shift, axis=1) for x, shift in enumerate(waves)], axis=2)
+    rows, columns = np.mgrid[:64, :64] + np.random.default_rng(0).integers(-2, 3, (2, 64, 64))
+    frayed = images[:, rows.clip(0, 63), columns.clip(0, 63)]
+    for spoiled in (melted, frayed):
+        assert caption_accuracy(spoiled, texts) >= 0.9
+        assert shape_fidelity(spoiled, texts) <= shape_fidelity(images, texts) - 0.08
 
 
 def test_captions_never_hide_the_object():
