@@ -28,7 +28,7 @@ from helpers import (
     run_in_process,
     snapshot,
 )
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer, UMT5EncoderModel
 
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 
@@ -116,6 +116,12 @@ def text_model(tmp_path_factory):
 
 
 @pytest.fixture
+def text_model_copy(text_model, tmp_path_factory):
+    """A copy of it to spoil."""
+    return Path(shutil.copytree(text_model, tmp_path_factory.mktemp("copy") / "model"))
+
+
+@pytest.fixture
 def prompts(tmp_path):
     """A file of the captions `PROMPTS`."""
     file = tmp_path / "prompts.txt"
@@ -140,6 +146,12 @@ def embed(tmp_path_factory):
 def tiny_dataset(embed, tiny_model):
     """Folder that `embed_prompts.py` wrote: the six `CAPTIONS`, embedded by `tiny_model` with 16 tokens at most."""
     return embed(tiny_model, CAPTIONS)
+
+
+@pytest.fixture(scope="session")
+def validation_dataset(embed, tiny_model):
+    """The same, and the split `validation` of two prompts, the first of which is a caption, too."""
+    return embed(tiny_model, CAPTIONS, "--validation_prompts", "a boat", "a blue boat, red")
 
 
 @pytest.fixture(scope="session")
@@ -265,7 +277,7 @@ def no_loading(monkeypatch):
     def fail(*args, **kwargs):
         pytest.fail("a model was loaded before the input was checked")
 
-    for model_class in (WanPipeline, WanTransformer3DModel, AutoencoderKLWan, CLIPModel):
+    for model_class in (WanPipeline, WanTransformer3DModel, AutoencoderKLWan, CLIPModel, UMT5EncoderModel):
         monkeypatch.setattr(model_class, "from_pretrained", fail)
 
 

@@ -192,6 +192,16 @@ def run_embed_prompts(*arguments):
     return load_from_disk(arguments[arguments.index("--output_dir") + 1])
 
 
+def embed_refusal(model, prompts, output_dir, *flags):
+    """Runs `embed_prompts.py` on what it must refuse; returns the message, one line. Fails if it wrote anything."""
+    before = snapshot(output_dir.parent)
+    with pytest.raises(SystemExit) as caught:
+        run_embed_prompts(model, prompts, output_dir, *flags)
+    assert snapshot(output_dir.parent) == before
+    assert re.fullmatch("error: .*", caught.value.code), "one line, which makes Python exit with 1"
+    return caught.value.code.removeprefix("error: ")
+
+
 def draw(seed, *shape, dtype=torch.float32):
     """Standard normal numbers, always the same for a seed and a shape."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
@@ -296,6 +306,11 @@ def snapshot(folder):
         path: hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
         for path in sorted(folder.rglob("*"))
     }
+
+
+def bfloat16(row):
+    """The embedding in a row of a dataset."""
+    return torch.tensor(row["prompt_embeds"], dtype=torch.int16).view(torch.bfloat16)
 
 
 def edit_json(file, **values):

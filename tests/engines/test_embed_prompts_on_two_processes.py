@@ -21,12 +21,13 @@ def embed_on_two_processes(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_write_the_same_dataset_as_one(embed_on_two_processes, text_model, prompts, tmp_path):
-    flags = ["--batch_size", "2"]
+    flags = ["--batch_size", "2", "--validation_prompts", "a dog", "a cat"]
     one = run_embed_prompts(text_model, prompts, tmp_path / "one", *flags)
     two = embed_on_two_processes(text_model, prompts, *flags)
     assert two["train"]["caption"] == PROMPTS
     assert two["train"].to_dict() == one["train"].to_dict()
     assert two["negative"].to_dict() == one["negative"].to_dict()
+    assert two["validation"].to_dict() == one["validation"].to_dict()
 
 
 def test_two_processes_write_the_same_boundary_latents_as_one(

@@ -1,24 +1,30 @@
-"""What `embed_prompts.py` writes: the embeddings of `WanPipeline`, and what else a dataset needs."""
+"""What `embed_prompts.py` writes: the embeddings of `WanPipeline`, and what else a dataset needs; its command line."""
 
+import hashlib
 import logging
 import re
+import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset, concatenate_datasets, load_from_disk
-from helpers import PROMPTS, make_text_model
+from helpers import PROMPTS, WORDS, bfloat16, embed_flags, run_command
 from helpers import run_embed_prompts as embed
+from inputs import edit_weights
 from transformers import UMT5EncoderModel
 
 from diffusers import WanPipeline
 
-from embed_prompts import WAN_NEGATIVE_PROMPT, text_encoder_fingerprint
+import embed_prompts
+import train_srpo_wan_t2i
+from embed_prompts import WAN_NEGATIVE_PROMPT, parse_args
 
 
-def bfloat16(row):
-    return torch.tensor(row["prompt_embeds"], dtype=torch.int16).view(torch.bfloat16)
+def sha256(weight):
+    return hashlib.sha256(weight.to(torch.bfloat16).view(torch.int16).numpy().tobytes()).hexdigest()[:16]
 
 
 def test_embeddings_are_those_of_wan_pipeline_bit_for_bit(text_model, prompts, tmp_path):
@@ -72,7 +78,7 @@ def test_every_row_says_what_made_it(text_model, prompts, tmp_path):
     weight = UMT5EncoderModel.from_pretrained(text_model / "text_encoder").encoder.final_layer_norm.weight
     for split in ("train", "negative"):
         assert set(dataset[split]["text_encoder"]) == {f"{text_model}@main"}
-        assert set(dataset[split]["text_encoder_fingerprint"]) == {text_encoder_fingerprint(weight)}
+        assert set(dataset[split]["text_encoder_fingerprint"]) == {sha256(weight.detach())}
         assert set(dataset[split]["max_sequence_length"]) == {16}
 
 
@@ -114,20 +120,20 @@ def test_long_captions_are_truncated_as_wan_pipeline_does_and_counted(text_model
     with caplog.at_level(logging.INFO):
         train = embed(text_model, prompts, tmp_path / "out", "--max_sequence_length", "4")["train"]
     assert [len(row["prompt_embeds"]) for row in train] == [4, 4, 2, 3, 4]
-    assert "2 of 6 prompts (the negative one included) will be truncated" in caplog.text
+    assert "2 of 6 prompts (all splits), such as 'a blue dog on a boat', will be truncated" in caplog.text
     assert "Num truncated = 2" in caplog.text
 
 
 def test_the_last_message_says_where_the_dataset_is_and_what_comes_next(text_model, prompts, tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         embed(text_model, prompts, tmp_path / "out")
-    assert re.search(rf"Dataset = {tmp_path}/out \(\d+\.\d MB\)", caplog.text)
+    assert re.search(rf"Dataset = {tmp_path}/out \(\d+\.\d\d MB\)", caplog.text)
     assert f"--pretrained_model_name_or_path {text_model} --dataset_name {tmp_path}/out" in caplog.text
 
 
 def test_nothing_else_is_left_behind(text_model, prompts, tmp_path):
-    (tmp_path / "out.partial").mkdir()  # of an interrupted run
-    (tmp_path / "out.partial" / "0.arrow").write_text("half a file")
+    (tmp_path / "out.partial" / "train").mkdir(parents=True)  # of an interrupted run
+    (tmp_path / "out.partial" / "train" / "0.arrow").write_text("half a file")
     assert len(embed(text_model, prompts, tmp_path / "out")["train"]) == 5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "prompts.txt"]
 
@@ -138,21 +144,87 @@ def test_overwrite_output_dir_replaces_the_dataset(text_model, prompts, tmp_path
     assert embed(text_model, prompts, tmp_path / "out", "--overwrite_output_dir")["train"]["caption"] == ["a dog"]
 
 
-def test_a_run_that_breaks_leaves_the_old_dataset_whole(text_model, prompts, tmp_path):
+def test_a_run_that_breaks_leaves_the_old_dataset_whole(text_model, text_model_copy, prompts, tmp_path):
     embed(text_model, prompts, tmp_path / "out")
-    broken = make_text_model(
-        tmp_path / "broken", seed=0, vocab_size=4
-    )  # fewer embeddings than the tokenizer has tokens
-    with pytest.raises(IndexError):
-        embed(broken, prompts, tmp_path / "out", "--overwrite_output_dir")
+    file, dog = text_model_copy / "text_encoder/model.safetensors", WORDS.index("dog") + 3
+    edit_weights(file, lambda weights: weights["shared.weight"][dog].fill_(float("nan")))
+    with pytest.raises(SystemExit) as exit_:
+        embed(text_model_copy, prompts, tmp_path / "out", "--overwrite_output_dir", "--batch_size", 5)
+    message = "error: The text encoder makes NaN or infinite numbers of 'a blue dog on a boat'. Check its weights."
+    assert exit_.value.code == message
     assert load_from_disk(tmp_path / "out")["train"]["caption"] == PROMPTS
 
 
-def test_the_fingerprint_follows_the_weights_and_not_the_path(text_model, prompts, tmp_path):
-    copy = shutil.copytree(text_model, tmp_path / "copy")
-    other = make_text_model(tmp_path / "other", seed=1)
-    fingerprints = [
-        embed(folder, prompts, tmp_path / f"out{i}")["negative"]["text_encoder_fingerprint"][0]
-        for i, folder in enumerate([text_model, copy, other])
-    ]
-    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+def test_a_link_to_a_folder_stays_a_link(text_model, prompts, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    assert len(embed(text_model, prompts, tmp_path / "out")["train"]) == 5
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "disk" / "dataset_dict.json").is_file()
+
+
+# ---- The command line. ----------------------------------------------------------------------------------------------
+
+
+def printed_command(caplog, text_model, prompts, output_dir, *flags):
+    """The flags of the command after "Next:", once the launcher and the script are taken off."""
+    with caplog.at_level(logging.INFO):
+        embed(text_model, prompts, output_dir, *flags)
+    (line,) = (message for message in caplog.messages if "Next: " in message)
+    launcher, launch, script, *words = shlex.split(line.split("Next: ")[1])
+    assert (launcher, launch, script) == ("accelerate", "launch", "train_srpo_wan_t2i.py")
+    return words
+
+
+def test_the_next_command_follows_the_flags_that_differ_from_the_defaults(
+    text_model, text_model_copy, prompts, tmp_path, caplog
+):
+    spaced = text_model_copy.rename(text_model_copy.with_name("my model"))
+    flags = ["--revision", "main", "--cache_dir", tmp_path / "my cache"]
+    words = printed_command(caplog, spaced, prompts, tmp_path / "my out", *flags)
+    args = train_srpo_wan_t2i.parse_args(words)
+    assert args.pretrained_model_name_or_path == str(spaced)
+    assert args.dataset_name == str(tmp_path / "my out")
+    assert (args.revision, args.variant, args.cache_dir) == ("main", None, str(tmp_path / "my cache"))
+    assert (args.max_sequence_length, args.transformer_subfolder, args.rollout_start) == (16, "transformer_2", "noise")
+
+
+def test_the_next_command_leaves_defaults_out(text_model, prompts, tmp_path, caplog):
+    words = printed_command(caplog, text_model, prompts, tmp_path / "out", "--max_sequence_length", 512)
+    flags = ["--pretrained_model_name_or_path", "--dataset_name", "--output_dir"]
+    assert [word for word in words if word.startswith("--")] == flags
+
+
+def test_flags_of_both_scripts_have_the_same_defaults():
+    ours = vars(parse_args(embed_flags("model", "prompts", "out")[:-2]))
+    training = vars(
+        train_srpo_wan_t2i.parse_args(["--pretrained_model_name_or_path", "model", "--dataset_name", "dataset"])
+    )
+    shared = (*embed_prompts.BOUNDARY_SETTINGS, "max_sequence_length", "revision", "variant", "cache_dir")
+    assert {name: ours[name] for name in shared} == {name: training[name] for name in shared}
+    assert (ours["height"], ours["sampling_steps"], ours["rollout_scheduler"]) == (512, 10, "unipc")
+
+
+@pytest.mark.parametrize("flag, code", [("--help", 0), ("--promts", 2)])
+def test_help_and_wrong_flags_are_answered_without_the_imports_that_take_seconds(flag, code):
+    run = run_command(sys.executable, "-X", "importtime", "embed_prompts.py", flag)
+    assert run.returncode == code
+    imported = {line.split("|")[-1].strip() for line in run.stderr.splitlines()}
+    assert "argparse" in imported
+    assert not imported & {"torch", "transformers", "diffusers", "datasets", "accelerate"}
+
+
+def test_help_shows_every_default_once(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--help"])
+    text = capsys.readouterr().out
+    defaults = parse_args(embed_flags("model", "prompts", "out")[:-2])
+    flags = re.split(r"\n  --", text)[1:]
+    assert len(flags) == len(vars(defaults))
+    for flag in flags:
+        name, shown = flag.split()[0], re.findall(r"[Dd]efault:\s+([^)]+)", flag)
+        value = getattr(defaults, name)
+        assert len(shown) <= 1
+        if value not in (None, False) and name not in ("pretrained_model_name_or_path", "prompts", "output_dir"):
+            assert "".join(shown[0].split()) == str(value)  # the help breaks its lines anywhere in Chinese
+        assert "None" not in shown and "False" not in shown

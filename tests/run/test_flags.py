@@ -177,7 +177,7 @@ def test_variant_chooses_the_weight_files(train, plain_run, tiny_model, tmp_path
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     for file in [*model.rglob("*.safetensors")]:
         file.rename(file.with_name(f"{file.stem}.fp16.safetensors"))
-    output_dir = train("--variant", "fp16", model=model, prompts=["a red dog"])
+    output_dir = train("--variant", "fp16", model=model, prompts=["a red cat"])
     assert same_bits(load_weights(output_dir), load_weights(plain_run))
 
 

@@ -119,11 +119,12 @@ def test_the_card_of_a_lora_says_how_to_load_it(lora_run, tiny_model, tmp_path, 
     text = (lora_run / "README.md").read_text()
     assert "A LoRA of rank 4 for `transformer_2`" in text
     assert f'expert.load_lora_adapter("{lora_run.name}", weight_name="pytorch_lora_weights.safetensors"' in text
-    expert = use_card(lora_run, tmp_path, monkeypatch)["expert"]
+    variables = use_card(lora_run, tmp_path, monkeypatch)
+    expert, image = variables["expert"], variables["image"]
     assert expert.blocks[0].attn1.to_q.scaling == {"default_0": 2.0}
     weight = load_lora(lora_run)["transformer.blocks.0.attn1.to_q.lora_B.weight"]
     assert torch.equal(expert.blocks[0].attn1.to_q.lora_B["default_0"].weight, weight.bfloat16())
-    assert Image.open(tmp_path / "fox.png").size == (32, 32)
+    assert image.size == (32, 32)
 
 
 def test_the_card_of_a_lora_has_its_tag(lora_run):

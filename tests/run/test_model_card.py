@@ -3,10 +3,11 @@
 import re
 
 import pytest
+import torch
 from helpers import logged
 from huggingface_hub import ModelCard
 
-from train_srpo_wan_t2i import ModelInfo, save_model_card
+from train_srpo_wan_t2i import Run, save_model_card
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +27,8 @@ def test_the_header_of_the_card_names_no_folder_as_base_model(trained):
 
 
 def test_the_header_of_the_card_names_a_base_model_of_the_hub(make_args, tmp_path):
-    model = ModelInfo(True, 0.875, False, (1, 2, 2), 16, 4096, 8, 3.0)
-    args = make_args("--output_dir", tmp_path, "--pretrained_model_name_or_path", "Wan-AI/Wan2.2-T2V-A14B-Diffusers")
-    save_model_card(args, "me/fox", [], model)
+    args = make_args("--pretrained_model_name_or_path", "Wan-AI/Wan2.2-T2V-A14B-Diffusers")
+    save_model_card(Run(tmp_path, vars(args), "transformer_2", True, torch.bfloat16, {}, "me/fox"), [])
     assert ModelCard.load(tmp_path / "README.md").data.base_model == "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
 
 

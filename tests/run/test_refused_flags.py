@@ -86,8 +86,9 @@ def test_a_negative_seed(refusal):
     assert refusal("--seed", -1) == "`--seed` must be at least 0, but is -1."
 
 
-def test_a_negative_learning_rate(refusal):
-    assert refusal("--learning_rate", -0.5) == "`--learning_rate` must be at least 0, but is -0.5."
+@pytest.mark.parametrize("name", ["learning_rate", "drift_weight"])
+def test_a_negative_learning_rate_or_weight(refusal, name):
+    assert refusal(f"--{name}", -0.5) == f"`--{name}` must be at least 0, but is -0.5."
 
 
 @pytest.mark.parametrize("name", ["shift", "rollout_shift", "loss_weight_shift", "max_grad_norm"])

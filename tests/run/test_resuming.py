@@ -4,7 +4,7 @@ import re
 import shutil
 
 import pytest
-from helpers import checkpoints, load_history, load_weights, read_log, repeatable, same_bits
+from helpers import CAPTIONS, checkpoints, load_history, load_state, load_weights, read_log, repeatable, same_bits
 from PIL import Image
 
 
@@ -22,6 +22,18 @@ def test_two_steps_and_two_more_are_four_steps_bit_for_bit(train, four_steps):
     assert same_bits(load_weights(output_dir), load_weights(four_steps))
     assert repeatable(load_history(output_dir, 4)) == repeatable(load_history(four_steps, 4))
     assert [row["step"] for row in load_history(output_dir, 4)] == [0, 1, 2, 2, 3, 4, 4]
+
+
+def test_a_run_of_larger_batches_goes_on_bit_for_bit_with_captions_that_it_has_not_seen(train, embed, tiny_model):
+    captions = [f"a {colour} {thing} on a {place}" for colour in ("red", "blue") for thing in ("cat", "dog", "boat")
+                for place in ("boat", "dog")]  # fmt: skip
+    flags, dataset = ["--train_batch_size", 3, "--max_train_steps", 4], embed(tiny_model, captions)
+    whole = train(*flags, dataset=dataset)
+    resumed = train(*flags, "--resume_from_checkpoint", whole / "checkpoint-2", dataset=dataset)
+    assert len(captions) == 12, "so that each of the four updates sees new ones"
+    assert same_bits(load_state(resumed, 4), load_state(whole, 4))
+    assert same_bits(load_weights(resumed), load_weights(whole))
+    assert repeatable(load_history(resumed, 4)) == repeatable(load_history(whole, 4))
 
 
 def test_a_checkpoint_can_be_named_and_the_learning_rate_goes_on(train):
@@ -74,10 +86,11 @@ def test_going_on_from_an_older_checkpoint_makes_it_the_latest_and_keeps_the_new
     assert f"Resumed from {tmp_path}/checkpoint-2 at step 2" in read_log(tmp_path)
 
 
-def test_other_prompts_after_resuming_still_end_in_a_card_and_a_picture(train, tmp_path):
+def test_other_prompts_after_resuming_still_end_in_a_card_and_a_picture(train, embed, tiny_model, tmp_path):
     train(output_dir=tmp_path, prompts=["a boat", "a dog"])
     more = ["--max_train_steps", 3, "--resume_from_checkpoint", "latest"]
-    train(*more, output_dir=tmp_path, prompts=["a boat that costs $5 {or $6"])
+    dataset = embed(tiny_model, CAPTIONS, "--validation_prompts", "a boat that costs $5 {or $6")
+    train(*more, output_dir=tmp_path, dataset=dataset, prompts=None)
     Image.open(tmp_path / "before_after.png").verify()
     assert "3 updates" in (tmp_path / "README.md").read_text()
 

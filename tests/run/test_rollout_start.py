@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import concatenate_datasets, load_from_disk
-from helpers import SMALL, distance, draw, load_weights, logged, run_in_process
+from helpers import SMALL, distance, draw, load_weights, logged, run_in_process, wrap
 
 import train_srpo_wan_t2i
 
@@ -34,20 +34,19 @@ def test_training_from_the_boundary_needs_the_low_noise_expert_alone(train, boun
 def test_a_run_goes_on_from_stored_latents_and_injects_their_noise(
     train, boundary_dataset, low_noise_model, monkeypatch, noise
 ):
-    rolled, graded = [], []
-    roll, grade = train_srpo_wan_t2i.rollout, train_srpo_wan_t2i.graded_pass
+    painted, graded = [], []
 
-    def record_rollout(velocity_fn, scheduler, start, *args, boundary, **kwargs):
-        x0 = roll(velocity_fn, scheduler, start, *args, boundary=boundary, **kwargs)
-        rolled.append((start, boundary, x0))
+    def record_painting(paint_latents, models, start, prompt_embeds):
+        x0 = paint_latents(models, start, prompt_embeds)
+        painted.append((start, models.solver.boundary, x0))
         return x0
 
-    def record_graded_pass(velocity_fn, vae, reward_model, x0, noise, embeds, captions, *args):
-        graded.append((x0, noise, captions))
-        return grade(velocity_fn, vae, reward_model, x0, noise, embeds, captions, *args)
+    def record_graded_pass(graded_pass, models, rollout, *args):
+        graded.append(rollout)
+        return graded_pass(models, rollout, *args)
 
-    monkeypatch.setattr(train_srpo_wan_t2i, "rollout", record_rollout)
-    monkeypatch.setattr(train_srpo_wan_t2i, "graded_pass", record_graded_pass)
+    wrap(monkeypatch, train_srpo_wan_t2i, "paint_latents", record_painting)
+    wrap(monkeypatch, train_srpo_wan_t2i, "graded_pass", record_graded_pass)
     flags = ["--rollout_start", "boundary", "--noise", noise, "--train_batch_size", 3]
     train(*flags, dataset=boundary_dataset, model=low_noise_model)
 
@@ -55,11 +54,11 @@ def test_a_run_goes_on_from_stored_latents_and_injects_their_noise(
         row["caption"]: row["boundary_latents"]
         for row in load_from_disk(boundary_dataset)["train"].with_format("torch")
     }
-    assert len(rolled) == len(graded) == 2
-    for (start, boundary, rolled_x0), (x0, injected, captions) in zip(rolled, graded, strict=True):
+    assert len(painted) == len(graded) == 2
+    for (start, boundary, x0), rollout in zip(painted, graded, strict=True):
         assert boundary == BOUNDARY
-        assert torch.equal(rolled_x0, x0)
-        for latents, each, caption in zip(start, injected, captions, strict=True):
+        assert torch.equal(x0, rollout.x0)
+        for latents, each, caption in zip(start, rollout.noise, rollout.captions, strict=True):
             (seed,) = (seed for seed in (7, 8, 9) if torch.equal(each, draw(seed, 4, 1, 4, 4)))
             assert torch.equal(latents, stored[caption][seed - 7])
 

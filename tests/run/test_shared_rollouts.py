@@ -28,7 +28,7 @@ from train_srpo_wan_t2i import SampleSampler
 @pytest.fixture
 def calls(monkeypatch):
     """What these functions were called with: lists that grow, of dicts of their arguments by name."""
-    calls = {"rollout": [], "graded_pass": []}
+    calls = {"paint_latents": [], "graded_pass": []}
 
     def record(function, *args, **kwargs):
         calls[function.__name__].append(inspect.signature(function).bind(*args, **kwargs).arguments)
@@ -51,37 +51,41 @@ RENEWED = ["--renew_noise", "--train_batch_size", 2]
 
 def test_two_updates_share_a_rollout_and_nothing_else(train, calls):
     train(*TWICE, *FOUR_STEPS)
-    assert (len(calls["rollout"]), len(calls["graded_pass"])) == (2, 4)
-    graded = calls["graded_pass"]
-    for painted, first, second in zip(calls["rollout"], graded[::2], graded[1::2], strict=True):
-        for name in ("noise", "prompt_embeds"):
-            assert torch.equal(painted[name], first[name]) and torch.equal(first[name], second[name])
-        assert torch.equal(first["x0"], second["x0"]) and first["captions"] == second["captions"]
-        assert first["branches"] != second["branches"]
-        assert all(word != other for word, other in zip(first["words"], second["words"], strict=True))
+    assert (len(calls["paint_latents"]), len(calls["graded_pass"])) == (2, 4)
+    rollouts, plans = ([call[name] for call in calls["graded_pass"]] for name in ("rollout", "plan"))
+    for painted, first, second in zip(calls["paint_latents"], rollouts[::2], rollouts[1::2], strict=True):
+        assert torch.equal(painted["latents"], first.noise)
+        assert torch.equal(painted["prompt_embeds"], first.prompt_embeds)
+        for name in ("x0", "noise", "prompt_embeds"):
+            assert torch.equal(getattr(first, name), getattr(second, name))
+        assert first.captions == second.captions
+    for first, second in zip(plans[::2], plans[1::2], strict=True):
+        for branch, other in zip(first.branches, second.branches, strict=True):
+            assert not torch.equal(branch.sigma_from, other.sigma_from)
+        assert first.positive_word != second.positive_word and first.negative_word != second.negative_word
     for name in ("x0", "noise", "prompt_embeds"):
-        assert not torch.equal(graded[0][name], graded[2][name])
+        assert not torch.equal(getattr(rollouts[0], name), getattr(rollouts[2], name))
 
 
 def test_no_caption_is_skipped(train, calls):
     train(*TWICE, *FOUR_STEPS, "--train_batch_size", 2)
     stream = [[CAPTIONS[index] for index in batch] for batch in SampleSampler(6, 42, range(2), 2)]
-    assert [call["captions"] for call in calls["graded_pass"]] == [stream[0], stream[0], stream[1], stream[1]]
+    assert [call["rollout"].captions for call in calls["graded_pass"]] == [stream[0], stream[0], stream[1], stream[1]]
 
 
 def test_the_last_rollout_may_be_used_less_often(train, calls):
     train("--updates_per_rollout", 4, "--checkpointing_steps", 4, "--max_train_steps", 5)
-    assert (len(calls["rollout"]), len(calls["graded_pass"])) == (2, 5)
+    assert (len(calls["paint_latents"]), len(calls["graded_pass"])) == (2, 5)
 
 
 @pytest.mark.parametrize("noise", ["shared", "per_sample"])
 def test_renew_noise_injects_other_noise_into_the_same_latents(train, calls, noise):
     train("--updates_per_rollout", 3, "--checkpointing_steps", 3, "--max_train_steps", 3, *RENEWED, "--noise", noise)
-    (painted,), graded = calls["rollout"], calls["graded_pass"]
-    assert all(torch.equal(call["x0"], graded[0]["x0"]) for call in graded)
-    assert torch.equal(painted["noise"], graded[0]["noise"])
-    assert len({tuple(call["noise"].flatten().tolist()) for call in graded}) == 3
-    assert [torch.equal(*call["noise"]) for call in graded] == [noise == "shared"] * 3
+    (painted,), rollouts = calls["paint_latents"], [call["rollout"] for call in calls["graded_pass"]]
+    assert all(torch.equal(rollout.x0, rollouts[0].x0) for rollout in rollouts)
+    assert torch.equal(painted["latents"], rollouts[0].noise)
+    assert len({tuple(rollout.noise.flatten().tolist()) for rollout in rollouts}) == 3
+    assert [torch.equal(*rollout.noise) for rollout in rollouts] == [noise == "shared"] * 3
 
 
 def test_one_update_per_rollout_is_the_default(train, plain_run):
@@ -135,8 +139,8 @@ EQUAL_BATCHES = [*gradient_descent(1), "--max_grad_norm", 1, "--noise", "per_sam
 def test_accumulated_rollouts_are_reused_like_a_batch(train, calls, tiny_model, noise):
     batch = train("--train_batch_size", 2, *TWICE, *noise, *EQUAL_BATCHES)
     accumulated = train("--gradient_accumulation_steps", 2, *TWICE, *noise, *EQUAL_BATCHES)
-    assert [len(call["noise"]) for call in calls["rollout"]] == [2, 1, 1]
-    assert [len(call["x0"]) for call in calls["graded_pass"]] == [2, 2, 1, 1, 1, 1]
+    assert [len(call["latents"]) for call in calls["paint_latents"]] == [2, 1, 1]
+    assert [len(call["rollout"].x0) for call in calls["graded_pass"]] == [2, 2, 1, 1, 1, 1]
     assert_same_update(accumulated, batch, tiny_model)
 
 
@@ -156,8 +160,8 @@ def one_by_one(train):
 )
 def test_samples_of_an_update_can_be_rolled_out_together(train, calls, one_by_one, tiny_model, size, sizes):
     together = train(*FOUR_SAMPLES, "--rollout_batch_size", size)
-    assert [len(call["noise"]) for call in calls["rollout"]] == 2 * sizes
-    assert [len(call["x0"]) for call in calls["graded_pass"]] == 2 * [1, 1, 1, 1]
+    assert [len(call["latents"]) for call in calls["paint_latents"]] == 2 * sizes
+    assert [len(call["rollout"].x0) for call in calls["graded_pass"]] == 2 * [1, 1, 1, 1]
     assert_same_update(together, one_by_one, tiny_model)
 
 
@@ -166,7 +170,7 @@ def test_samples_of_an_update_can_be_rolled_out_together(train, calls, one_by_on
 )
 def test_a_batch_is_rolled_out_at_once_unless_told_otherwise(train, calls, flags, sizes):
     train("--train_batch_size", 2, *flags)
-    assert [len(call["noise"]) for call in calls["rollout"]] == sizes
+    assert [len(call["latents"]) for call in calls["paint_latents"]] == sizes
 
 
 @pytest.mark.parametrize(
@@ -180,6 +184,7 @@ def test_a_batch_is_rolled_out_at_once_unless_told_otherwise(train, calls, flags
 )
 def test_the_solver_of_rollouts(train, calls, flags, scheduler):
     train(*flags, "--max_train_steps", 1, "--sampling_steps", 3)
-    (call,) = calls["rollout"]
-    assert isinstance(call["scheduler"], scheduler)
-    assert call["num_steps"] == len(call["scheduler"].timesteps) == 3
+    (call,) = calls["paint_latents"]
+    solver = call["models"].solver
+    assert isinstance(solver.scheduler, scheduler)
+    assert solver.num_steps == len(solver.scheduler.timesteps) == 3

@@ -87,6 +87,7 @@ def waits(monkeypatch):
         wrap(monkeypatch, scheduler, "set_timesteps", begin)
     wrap(monkeypatch, Accelerator, "gather", end)
     wrap(monkeypatch, RewardModel, "encode_texts", leave_out)  # once for every text
+    wrap(monkeypatch, train_srpo_wan_t2i, "plan_update", leave_out)  # random numbers are drawn on the CPU
     yield found
     watched.close()
 
@@ -98,8 +99,8 @@ def test_nothing_waits_for_the_gpu_until_the_update_is_done(train, waits, schedu
 
 
 READERS = {
-    "item": ("predict_velocity", lambda velocity: velocity.mean().item()),
-    "tolist": ("predict_velocity", lambda velocity: velocity.tolist()),
+    "item": ("transformer_velocity", lambda velocity: velocity.mean().item()),
+    "tolist": ("transformer_velocity", lambda velocity: velocity.tolist()),
     "cpu": ("decode_latents", lambda pixels_and_saturated: pixels_and_saturated[0].cpu()),
     "if": ("decode_latents", lambda pixels_and_saturated: bool(pixels_and_saturated[1] > 0.5)),
     "numpy": ("srp_score", lambda score: score.detach().numpy()),

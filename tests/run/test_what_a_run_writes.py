@@ -110,13 +110,18 @@ def test_validation_scalars_are_the_means_of_the_scores(cpu_run):
 
 
 def test_scores_are_the_rewards_of_the_saved_images(cpu_run, tiny_reward):
-    reward_model = CLIPReward(tiny_reward, tiny_reward)
-    for row in json.loads((cpu_run[0] / "images/step-3/scores.json").read_text()):
-        pixels = np.asarray(Image.open(cpu_run[0] / "images/step-3" / row["image"]))
+    reward_model, images = CLIPReward(tiny_reward, tiny_reward), cpu_run[0] / "images"
+    rows = [
+        (images / step, row)
+        for step in ("step-0", "step-2")
+        for row in json.loads((images / step / "scores.json").read_text())
+    ]
+    for folder, row in rows:
+        pixels = np.asarray(Image.open(folder / row["image"]))
         pixels = torch.tensor(pixels).permute(2, 0, 1)[None] / 255  # rounded when saved: hence the tolerance
-        assert reward_model.score(pixels, [row["caption"]]).item() == pytest.approx(row["reward"], abs=5e-3)
+        assert reward_model(pixels, [row["caption"]]).item() == pytest.approx(row["reward"], abs=5e-3)
         positive, negative = (
-            np.mean([reward_model.score(pixels, [f"{word}. {row['caption']}"]).item() for word in words])
+            np.mean([reward_model(pixels, [f"{word}. {row['caption']}"]).item() for word in words])
             for words in (POSITIVE_WORDS, NEGATIVE_WORDS)
         )
         assert positive - negative == pytest.approx(row["relative"], abs=5e-3)
