@@ -227,9 +227,8 @@ def load_validation_prompts(prompts, caption_column, cache_dir):
 # ---- The text encoder: its files are checked before it is loaded; captions to embeddings. ---------------------------
 # Copied from train_srpo_wan_t2i.weight_files
 def weight_files(source, subfolder, stem, layer=None):
-    """The paths of the safetensors files of a model: `{stem}.safetensors` or its shards, or the one of them that holds
-    the tensor `layer`. `source` are those arguments of `from_pretrained` that say where the model is. Downloads what
-    is not there yet; `OSError` if there is no such file."""
+    """The paths of the safetensors files of a model, downloaded if need be: `{stem}.safetensors` or its shards, or the
+    one that holds the tensor `layer`. `source` are the arguments of `from_pretrained` that say where the model is."""
     path, variant = source["pretrained_model_name_or_path"], source.get("variant")
     options = {name: value for name, value in source.items() if name in ("revision", "cache_dir")}
     cached = partial(transformers.utils.cached_file, path, subfolder=subfolder, **options)
@@ -263,8 +262,7 @@ def read_shapes(files):
 
 # Copied from train_srpo_wan_t2i.check_weights
 def check_weights(model, found):
-    """Compares {name: shape} `found` in files with the tensors of a model, which may be on the meta device.
-    `ValueError` names what is missing, of another shape, or unknown."""
+    """Compares {name: shape} `found` in files with a model, e.g. on the meta device; `ValueError` if they differ."""
     names = {}  # names of the same tensor: one of them is enough
     for name, tensor in model.state_dict(keep_vars=True).items():
         names.setdefault(id(tensor), []).append(name)
@@ -574,13 +572,12 @@ def with_retries(request, attempts=5):
         try:
             return request()
         except Exception as error:
-            cause = error
-            while getattr(cause, "response", None) is None and cause.__cause__ is not None:
-                cause = cause.__cause__  # huggingface_hub wraps what the storage answers
-            status = getattr(getattr(cause, "response", None), "status_code", 500)
+            if getattr(error, "response", None) is None and hasattr(error.__cause__, "response"):
+                error = error.__cause__  # huggingface_hub wraps what the storage answers
+            status = getattr(getattr(error, "response", None), "status_code", 500)
             wrong = isinstance(error, (ValueError, FileNotFoundError)) or (status < 500 and status not in (408, 429))
             if wrong or attempt == attempts - 1:
-                raise
+                raise error
             logger.warning(f"The Hub failed: {error}\nTrying again in {2**attempt} s.")
             time.sleep(2**attempt)
 
