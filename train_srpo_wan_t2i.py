@@ -497,12 +497,13 @@ class HPSReward(RewardModel):
     weights, which the file `path` holds under `state_dict`. The reward is the cosine."""
 
     keep_borders, scale = True, 1.0
+    image_features = property(lambda self: self.model.encode_image)
 
     def __init__(self, path, device="cpu", dtype=torch.float32, architecture=HPS_ARCHITECTURE):
         super().__init__()
         self.model = self.empty_model(architecture)
         self.model.load_state_dict(self.read_weights(path), assign=True)
-        self.image_features, self.tokenizer = self.model.encode_image, open_clip.get_tokenizer(architecture)
+        self.tokenizer = open_clip.get_tokenizer(architecture)
         self.image_size = self.model.visual.image_size[0]
         self.mean, self.std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
         self.freeze(device, dtype)

@@ -28,10 +28,7 @@ FOUR_STEPS = "--max_train_steps 4 --checkpointing_steps 2 --drift_weight 10".spl
 # Far enough for a drift of thousandths: the rounding of velocities to bfloat16 alone is one of 1e-5.
 FAR_LORA = [*LORA, "--learning_rate", 0.02]
 
-RUNS = [
-    pytest.param(run, marks=() if run == "zero3_offload" else pytest.mark.slow)
-    for run in ("zero2", "zero3_offload", "zero3 and LoRA")
-]
+RUNS = [pytest.param(run, marks=pytest.mark.slow) for run in ("zero2", "zero3_offload", "zero3 and LoRA")]
 
 
 @pytest.fixture(scope="module", params=RUNS)
@@ -65,6 +62,8 @@ def test_the_numbers_are_those_of_one_process_up_to_bfloat16(runs, train):
 
 def test_zero_3_splits_the_copy_as_it_splits_the_expert(command, own_signal_handlers, monkeypatch, tmp_path):
     copies = []
+    # DeepSpeed replaces this function for the rest of the process, and other tests would compute with its own.
+    monkeypatch.setattr(torch.nn.functional, "linear", torch.nn.functional.linear)
 
     def record(load_base, *args):
         copies.append(load_base(*args))

@@ -1,6 +1,7 @@
 """What makes an update cheap: compiled blocks, and nothing that waits for the GPU until the update is done."""
 
 from contextlib import ExitStack
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from helpers import assert_same_update, gradient_descent, logged, wrap
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanTransformer3DModel
 
 import train_srpo_wan_t2i
 from train_srpo_wan_t2i import RewardModel
@@ -18,7 +19,13 @@ from train_srpo_wan_t2i import RewardModel
 # ---- Compiling. -----------------------------------------------------------------------------------------------------
 
 
-def test_compiled_blocks_compute_the_same(train, tiny_model):
+@pytest.mark.parametrize(
+    "backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)], ids=["graphs alone", "compiled"]
+)
+def test_compiled_blocks_compute_the_same(train, tiny_model, monkeypatch, backend):
+    """Finding the graphs of the blocks takes seconds; compiling them, which is the default, more than a minute."""
+    compile_blocks = partial(WanTransformer3DModel.compile_repeated_blocks, backend=backend)
+    monkeypatch.setattr(WanTransformer3DModel, "compile_repeated_blocks", lambda self: compile_blocks(self))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()  # torchao compiles its optimizer in other tests
     one_update = ["--max_train_steps", 1, "--checkpointing_steps", 1, "--noise", "per_sample"]
