@@ -105,7 +105,9 @@ def test_an_inversion_branch_of_the_wrong_sign_undoes_the_effect(train_and_judge
 
     def wrong(*args):
         plan = right(*args)
-        return plan._replace(branches=[branch._replace(swap=False) for branch in plan.branches])
+        return plan._replace(
+            branches=[branch._replace(swap=torch.zeros_like(branch.swap)) for branch in plan.branches]
+        )
 
     monkeypatch.setattr(train_srpo_wan_t2i, "plan_update", wrong)
     assert train_and_judge("--seed", seed)["real"] <= before["real"] + 0.05
