@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from datasets import Dataset, load_from_disk
+from datasets import load_from_disk
 from helpers import PROMPTS, embed_flags, embed_refusal, run_command
 from helpers import run_embed_prompts as embed
 from inputs import write_lines
@@ -13,67 +13,10 @@ from inputs import write_lines
 # ---- Captions. ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name, content, message",
-    [
-        ("p.txt", "", "the file is empty."),
-        ("p.txt", "\n \n", "the file is empty."),
-        ("p.txt", "a cat\n\na dog\n", "line 2 is blank; write a caption or remove it."),
-        ("p.txt", b"a cat\n\xff", "'utf-8' codec can't decode"),
-        (
-            "p.txt",
-            "a cat".encode("utf-16"),
-            "the file is not text in UTF-8, save it as UTF-8: 'utf-8' codec can't decode",
-        ),
-        ("p.txt", "a cat\n\u200b\x07\n", "line 2 is blank; write a caption or remove it."),
-        ("p.yaml", "captions: [a cat]", "expected a list under the key `prompts`"),
-        ("p.yaml", "prompts: a cat", "expected a list under the key `prompts`"),
-        ("p.yaml", "prompts: [a cat]\nprompts: [a dog]", "the key `prompts` is there twice; join the two lists."),
-        ("p.yaml", "prompts: []", "there are no captions in it."),
-        ("p.yaml", "prompts: [a cat, 2]", "prompts[1] is not a text but 2; write it in quotes or remove it."),
-        ("p.yaml", "prompts: [a cat, '  ']", "prompts[1] is blank; write a caption or remove it."),
-        ("p.yaml", "prompts:\n- a cat\n- [", "line 3, column 4"),
-        ("p.json", '{"caption": "a cat"}', "expected a list of objects"),
-        ("p.json", '[{"caption": "a cat"}, {"text": "a dog"}]', "item 1 has no `caption`; name"),
-        ("p.json", '[["a cat"]]', "item 0 has no `caption`; name the key or column with `--caption_column`."),
-        ("p.json", '[{"caption": null}]', "item 0 is not a text but None; write it in quotes or remove it."),
-        ("p.json", "[{", "line 1 column 3"),
-        ("p.jsonl", '{"caption": "a cat"}\n{"caption"}\n', "line 2 is not JSON"),
-        ("p.jsonl", '{"caption": "a cat"}\n{"caption": ""}\n', "line 2 is blank; write a caption or remove it."),
-        ("p.jsonl", '{"caption": "a cat"}\n{"text": "a dog"}\n', "line 2 has no `caption`"),
-        ("p.csv", "text\na cat\n", "line 2 has no `caption`; name the key or column with `--caption_column`."),
-        ("p.csv", "caption,id\na cat,1\n,2\n", "line 3 is blank; write a caption or remove it."),
-        ("p.csv", "caption\na cat\na cat, with a hat\n", "line 3 has more cells than columns; put captions"),
-        ("p.csv", "caption\n", "there are no captions in it."),
-        ("p.parquet", "not parquet", "nor a dataset with such `--dataset_split` and `--caption_column`: "),
-        ("p.png", "not text", "not a .yaml, .yml, .json, .jsonl, .txt, .csv file, nor a dataset"),
-    ],
-)
-def test_a_bad_prompts_file_is_refused_by_its_place(text_model, tmp_path, name, content, message):
-    file = tmp_path / name
-    file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    error = embed_refusal(text_model, file, tmp_path / "out", "--cache_dir", tmp_path.parent / "cache")
-    assert error.startswith(f"`--prompts {file}`: ")
-    assert message in error
-
-
-def test_a_column_that_a_dataset_does_not_have_is_refused(text_model, tmp_path):
-    Dataset.from_dict({"text": ["a cat"]}).to_parquet(tmp_path / "prompts.parquet")
-    error = embed_refusal(
-        text_model, tmp_path / "prompts.parquet", tmp_path / "out", "--cache_dir", tmp_path.parent / "cache"
-    )
-    assert "`--caption_column`" in error and "Current columns in the dataset: ['text']" in error
-
-
-def test_a_missing_prompts_file_is_refused(text_model, tmp_path):
-    error = embed_refusal(text_model, tmp_path / "none.txt", tmp_path / "out")
-    assert error == f"`--prompts {tmp_path}/none.txt`: there is no such file."
-
-
-def test_an_unknown_dataset_is_refused(text_model, tmp_path):
-    assert embed_refusal(text_model, "someone/something", tmp_path / "out").startswith(
-        "`--prompts someone/something`: not a"
-    )
+def test_a_bad_prompts_file_is_refused_by_its_place(text_model, tmp_path):
+    """One of those in tests/unit/test_captions.py, through the whole script."""
+    error = embed_refusal(text_model, write_lines(tmp_path / "p.txt", "a cat", "", "a dog"), tmp_path / "out")
+    assert error == f"`--prompts {tmp_path}/p.txt`: line 2 is blank; write a caption or remove it."
 
 
 def test_what_is_not_a_text_is_shown_in_short(text_model, tmp_path):

@@ -1,15 +1,14 @@
 """Which captions `embed_prompts.py` reads from files and datasets, what it refuses, and fingerprints of weights."""
 
-import csv
 import hashlib
 import json
 import re
 
 import pytest
 import torch
-import yaml
 from datasets import Dataset
 from helpers import MINIATURE, PROMPTS
+from inputs import write_captions
 from safetensors.torch import load_file, save_file
 from transformers import UMT5EncoderModel
 
@@ -19,23 +18,6 @@ from embed_prompts import TEXT_ENCODER_LAYER, TRANSFORMERS_STEM, load_captions, 
 def read(source, caption_column="caption", split="train", cache_dir=None):
     """The captions and the number of duplicates that the script reads from a file or a dataset."""
     return load_captions("prompts", str(source), caption_column, split, cache_dir and str(cache_dir))
-
-
-def write_captions(file, column="caption"):
-    rows = [{column: caption} for caption in PROMPTS]
-    if file.suffix.lower() in (".yaml", ".yml"):
-        file.write_text(yaml.safe_dump({"prompts": PROMPTS}))
-    elif file.suffix == ".json":
-        file.write_text(json.dumps(rows))
-    elif file.suffix == ".jsonl":
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    elif file.suffix == ".csv":
-        with file.open("w", newline="", encoding="utf-8-sig") as stream:  # as a spreadsheet saves it
-            writer = csv.DictWriter(stream, [column])
-            writer.writeheader()
-            writer.writerows(rows)
-    elif file.suffix == ".parquet":
-        Dataset.from_list(rows).to_parquet(file)
 
 
 # ---- What is read. --------------------------------------------------------------------------------------------------
