@@ -1247,11 +1247,12 @@ def check_flags_for_model(args, model):
         if (value := getattr(args, name)) < 1 or value % multiple:
             problem = f"`--{name} {value}` must be a multiple of {multiple} for this model"
             raise ValueError(f"{problem}, for example {max(1, round(value / multiple)) * multiple}.")
-    for name in args.lora_target_modules or ():
-        if not any(f".{layer}".endswith(f".{name}") for layer, _ in model.transformer.named_modules()):
-            raise ValueError(f"`--lora_target_modules`: the transformer has no layer `{name}`.")
-    with input_error("`--lora_target_modules` must name linear layers"), torch.device("meta"):
-        set_up_transformer(copy.deepcopy(model.transformer), args)
+    if args.lora_rank is not None:
+        for name in args.lora_target_modules:
+            if not any(f".{layer}".endswith(f".{name}") for layer, _ in model.transformer.named_modules()):
+                raise ValueError(f"`--lora_target_modules`: the transformer has no layer `{name}`.")
+        with input_error("`--lora_target_modules` must name linear layers"), torch.device("meta"):
+            set_up_transformer(copy.deepcopy(model.transformer), args)
 
 
 def weight_files(source, subfolder, stem, layer=None):

@@ -259,6 +259,24 @@ def repeatable(history):
     return [{name: value for name, value in row.items() if name not in MEASURED} for row in history]
 
 
+def paint_published(pipeline, caption, index, dataset):
+    """Validation image number `index` of a run, (32, 32, 3) in [0, 1], painted as its users do: by a `WanPipeline`."""
+    from train_srpo_wan_t2i import VALIDATION, make_generator
+
+    pipeline.text_encoder.bfloat16()  # the type that captions are embedded in
+    return pipeline(
+        caption,
+        negative_prompt=load_from_disk(dataset)["negative"]["caption"][0],
+        latents=torch.randn(1, 4, 1, 4, 4, generator=make_generator(42, VALIDATION, index)),
+        num_frames=1,
+        height=32,
+        width=32,
+        num_inference_steps=40,
+        guidance_scale=3.0,
+        max_sequence_length=16,
+    ).frames[0, 0]
+
+
 def read_scores(output_dir, step=0, name="reward"):
     """Of every validation image of a step."""
     return [row[name] for row in json.loads(Path(output_dir, f"images/step-{step}/scores.json").read_text())]

@@ -5,13 +5,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from datasets import load_from_disk
 from helpers import (
     LORA,
     load_lora,
     load_state,
     load_weights,
     logged,
+    paint_published,
     read_log,
     read_scores,
     same_bits,
@@ -23,8 +23,6 @@ from PIL import Image
 from torch.nn.modules.module import register_module_forward_hook
 
 from diffusers import WanPipeline
-
-from train_srpo_wan_t2i import VALIDATION, make_generator
 
 
 ATTENTION = [f"blocks.{block}.attn{kind}.{name}" for block in (0, 1) for kind in (1, 2) for name in
@@ -86,18 +84,7 @@ def test_rank_and_alpha_survive_saving_and_loading(pipeline_with_lora):
 
 
 def test_the_loaded_lora_paints_the_last_validation_image(pipeline_with_lora, lora_run, tiny_dataset):
-    pipeline_with_lora.text_encoder.bfloat16()  # the type that captions are embedded in
-    image = pipeline_with_lora(
-        "a red cat",
-        negative_prompt=load_from_disk(tiny_dataset)["negative"]["caption"][0],
-        latents=torch.randn(1, 4, 1, 4, 4, generator=make_generator(42, VALIDATION, 0)),
-        num_frames=1,
-        height=32,
-        width=32,
-        num_inference_steps=40,
-        guidance_scale=3.0,
-        max_sequence_length=16,
-    ).frames[0, 0]
+    image = paint_published(pipeline_with_lora, "a red cat", 0, tiny_dataset)
     before, after = (
         np.asarray(Image.open(lora_run / f"images/step-{step}/000-a-red-cat.png"), dtype=int) for step in (0, 2)
     )

@@ -9,7 +9,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from datasets import load_from_disk
 from helpers import (
     CAPTIONS,
     TRAINING_SCALARS,
@@ -20,6 +19,7 @@ from helpers import (
     load_history,
     load_weights,
     logged,
+    paint_published,
     read_log,
     read_scores,
     same_bits,
@@ -28,7 +28,7 @@ from PIL import Image
 
 from diffusers import WanPipeline, WanTransformer3DModel
 
-from train_srpo_wan_t2i import NEGATIVE_WORDS, POSITIVE_WORDS, VALIDATION, CLIPReward, make_generator
+from train_srpo_wan_t2i import NEGATIVE_WORDS, POSITIVE_WORDS, CLIPReward
 
 
 @pytest.fixture(scope="module")
@@ -208,19 +208,8 @@ def test_the_published_use_paints_the_validation_images(cpu_run, tiny_model, tin
     expert = WanTransformer3DModel.from_pretrained(cpu_run[0], subfolder="transformer_2")
     pipe = WanPipeline.from_pretrained(tiny_model, transformer=None, transformer_2=expert, boundary_ratio=1.0)
     pipe.set_progress_bar_config(disable=True)
-    pipe.text_encoder.bfloat16()  # the type that captions are embedded in
     for index, caption in enumerate(CAPTIONS[:4]):
-        image = pipe(
-            caption,
-            negative_prompt=load_from_disk(tiny_dataset)["negative"]["caption"][0],
-            latents=torch.randn(1, 4, 1, 4, 4, generator=make_generator(42, VALIDATION, index)),
-            num_frames=1,
-            height=32,
-            width=32,
-            num_inference_steps=40,
-            guidance_scale=3.0,
-            max_sequence_length=16,
-        ).frames[0, 0]
+        image = paint_published(pipe, caption, index, tiny_dataset)
         (path,) = (cpu_run[0] / "images/step-3").glob(f"00{index}-*.png")
         assert np.abs(image * 255 - np.asarray(Image.open(path))).max() < 2
 
