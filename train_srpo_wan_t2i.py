@@ -23,22 +23,27 @@ the untrained one. docs/recipes.md has the flags of the published runs.
 
 import argparse
 import copy
+import fcntl
 import hashlib
 import importlib.util
 import json
 import logging
+import math
+import operator
 import os
 import re
 import resource
 import shlex
 import shutil
 import signal
+import sys
 import textwrap
 import time
-from contextlib import contextmanager, nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -49,12 +54,19 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, gather_object, set_seed
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import (
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    gather_object,
+    patch_environment,
+    set_seed,
+    tqdm,
+)
 from PIL import Image
 from safetensors import safe_open
 from torch.utils.checkpoint import checkpoint
-from tqdm.auto import tqdm
+from tqdm.contrib import DummyTqdmFile
 
 
 class LazyModule:
@@ -89,9 +101,29 @@ PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 # The linear layers that diffusers' own scripts for Wan adapt, all of the attention, and its name for the file.
 LORA_TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0")
 LORA_FILE = "pytorch_lora_weights.safetensors"
+# What lies in the folder of a run: a file that marks it, and is locked while the run goes on; in a checkpoint, what is
+# known of it and the checksums of its files; what else a run writes, beside checkpoints.
+MARKER, STATE_FILE, CHECKSUMS, SKIPPED_FILE = "run.json", "trainer_state.json", "SHA256SUMS", "skipped.jsonl"
+RUN_FILES = "README.md reward.png before_after.png train.log images/step-*/*.png images/step-*/scores.json".split()
+RUN_FILES += [
+    SKIPPED_FILE,
+    LORA_FILE,
+    f"*/{TRACKER_NAME}/**/events.out.tfevents.*",
+    f"*/{TRACKER_NAME}/**/hparams.yml",
+]
+RUN_FILES += ["transformer*/config.json", "transformer*/diffusion_pytorch_model*.safetensors*"]
+EXPERTS = ("transformer", "transformer_2")
+# Flags of paths; all flags that do not change what a run computes; and what a checkpoint cannot be loaded without.
+PATH_FLAGS = ("pretrained_model_name_or_path", "dataset_name", "reward_model_path", "reward_processor_path")
+FREE_FLAGS = """revision variant cache_dir dataloader_num_workers max_train_steps max_skipped_updates validation_steps
+    gradient_checkpointing output_dir overwrite_output_dir checkpointing_steps checkpoints_total_limit allow_changes
+    resume_from_checkpoint logging_dir report_to push_to_hub hub_model_id hub_private_repo hub_strategy""".split()
+PINNED = """engine mixed_precision num_processes base_model transformer_subfolder optimizer lora_rank lora_alpha
+    lora_target_modules""".split()
 # First words of the names of files of weights, and the layers by whose weights a model is identified.
 DIFFUSERS_STEM, TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
 TRANSFORMER_LAYER, TEXT_ENCODER_LAYER = "blocks.0.attn1.to_q.weight", "encoder.final_layer_norm.weight"
+REWARD_LAYER = "text_projection"
 # What `embed_prompts.py --boundary_latents` adds to the dataset, and the flags that it shares with training.
 BOUNDARY_COLUMNS = ("boundary_latents", "boundary_seeds")
 BOUNDARY_FLAGS = ("height", "width", "sampling_steps", "rollout_scheduler", "rollout_shift")
@@ -358,6 +390,11 @@ def make_scheduler(name, shift):
     return diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
 
 
+def progress(iterable, what):
+    """Iterates with a bar below that of the run, on one process of each machine, if a person looks at it."""
+    return tqdm(iterable, desc=what, leave=False, disable=not sys.stderr.isatty())
+
+
 class Solver(NamedTuple):
     """How clean latents are painted."""
 
@@ -380,7 +417,7 @@ def paint_latents(models, latents, prompt_embeds):
     scheduler.set_timesteps(num_steps)  # on the CPU, where reading a noise level waits for no GPU
     first = 0 if boundary is None else int((scheduler.timesteps >= 1000 * boundary).sum())
     scheduler.set_begin_index(first)
-    for timestep in scheduler.timesteps[first:]:
+    for timestep in progress(scheduler.timesteps[first:], "Painting"):
         inputs = torch.cat([latents, latents]) if guided else latents
         velocity = models.velocity(inputs, timestep / 1000, prompt_embeds)
         if guided:
@@ -437,14 +474,23 @@ def decode_latents(vae, latents):
 
 
 # ---- 6. Rewards: human-preference models that see pixels and captions. ----------------------------------------------
+@cache
+def resize_matrix(size, new_size, device):
+    """The (new_size, size) float32 matrix that resizes columns of `size` values with antialiased bicubic weights."""
+    unit = torch.eye(size)[None]
+    return TF.resize(unit, [new_size, size], TF.InterpolationMode.BICUBIC, antialias=True)[0].to(device)
+
+
 def preprocess_pixels(pixels, image_size, mean, std, keep_borders):
     """Differentiable preprocessing for CLIP-like encoders: pixels (B, 3, H, W) in [0, 1] -> (B, 3, size, size),
     normalised by the `mean` and `std` of each channel. With `keep_borders` the longer side is fitted and the rest is
-    black, as HPSv2's `ResizeMaxSize` does it; otherwise the centre is cropped, as CLIP's processor does it."""
+    black, as HPSv2's `ResizeMaxSize` does it; otherwise the centre is cropped, as CLIP's processor does it. Two
+    products of matrices resize, because torch's own bicubic resizing has no deterministic gradient on GPUs."""
     height, width = pixels.shape[-2:]
     scale = image_size / (max if keep_borders else min)(height, width)
-    height, width = round(height * scale), round(width * scale)
-    pixels = TF.resize(pixels, [height, width], interpolation=TF.InterpolationMode.BICUBIC, antialias=True)
+    columns, rows = (resize_matrix(size, round(size * scale), pixels.device) for size in (height, width))
+    pixels = columns @ pixels @ rows.T
+    height, width = pixels.shape[-2:]
     if keep_borders:
         left, top = (image_size - width) // 2, (image_size - height) // 2
         pixels = TF.pad(pixels, [left, top, image_size - width - left, image_size - height - top])
@@ -628,23 +674,27 @@ def graded_pass(models, rollout, plan, recipe):
 
 def update(accelerator, models, optimizer, rollouts, recipe, step):
     """Takes update number `step` of the run on the rollouts of this process. Returns {name: tensor of shape ()}: the
-    means of what [`graded_pass`] measures over these rollouts, and `grad_norm`, before clipping."""
+    means of what [`graded_pass`] measures over these rollouts, and `grad_norm`, before clipping. If it or a loss is
+    not finite, the weights and the optimizer stay as they are."""
     transformer, measured = models.transformer, []
     torch.manual_seed(make_generator(recipe.seed, GLOBAL, step, accelerator.process_index).initial_seed())
     transformer.train()  # the dropout of a LoRA belongs to the graded step alone
-    for rollout in rollouts:
+    for rollout in progress(rollouts, "Graded step"):
         with accelerator.accumulate(transformer):
             plan = plan_update(recipe, step, rollout.samples)
             loss, metrics = graded_pass(models, rollout, plan, recipe)
-            accelerator.backward(loss)
+            # A loss that is not finite makes all gradients NaN, on all processes, which the next lines look at.
+            accelerator.backward(loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan))
             if accelerator.sync_gradients:
                 grad_norm = accelerator.clip_grad_norm_(transformer.parameters(), recipe.max_grad_norm)
-            optimizer.step()
+                grad_norm = torch.as_tensor(grad_norm, dtype=torch.float32, device=loss.device)
+                if grad_norm.isfinite():  # otherwise DeepSpeed has left the step out itself
+                    optimizer.step()
             optimizer.zero_grad()
             measured.append(metrics)
     transformer.eval()
     means = {name: torch.stack([metrics[name] for metrics in measured]).mean() for name in metrics}
-    return means | {"grad_norm": torch.as_tensor(grad_norm, dtype=torch.float32, device=loss.device)}
+    return means | {"grad_norm": grad_norm}
 
 
 # ---- 8. What is trained: all weights, or a LoRA beside them. --------------------------------------------------------
@@ -725,7 +775,9 @@ class RunState:
     """Where a run stands."""
 
     step: int = 0  # updates that are done
+    skipped: int = 0  # how many of them were left out, because they were not finite
     history: list = field(default_factory=list)  # a dict for each update and each validation
+    uploads: list = field(default_factory=list)  # those that go on in the background
 
 
 class Validation(NamedTuple):
@@ -749,7 +801,7 @@ def paint_validation(accelerator, models, recipe, validation):
     models = models._replace(solver=validation.solver)
     # Under ZeRO-3 all processes call the transformer equally often, so the shares are filled up with repeats.
     mine = [index % count for index in range(accelerator.process_index, -(-count // processes) * processes, processes)]
-    for start in range(0, len(mine), validation.batch_size):
+    for start in progress(range(0, len(mine), validation.batch_size), "Validation"):
         indices = mine[start : start + validation.batch_size]
         generators = [make_generator(recipe.seed, VALIDATION, index) for index in indices]
         noise = torch.stack([torch.randn(validation.shape, generator=generator) for generator in generators])
@@ -772,21 +824,21 @@ def validate(accelerator, models, recipe, validation, state):
         return
     if any(row["step"] == state.step and "validation_reward" in row for row in state.history):
         return
-    logger.info(f"Running validation at step {state.step}: {len(validation.captions)} images.")
     painted = {
         index: result for index, *result in gather_object(paint_validation(accelerator, models, recipe, validation))
     }
     images, rewards, relative = zip(*(painted[index] for index in sorted(painted)), strict=True)
     means = {"validation_reward": np.mean(rewards).item(), "validation_relative": np.mean(relative).item()}
     if accelerator.is_main_process:
-        folder, scores = validation.folder / f"step-{state.step}", []
-        folder.mkdir(parents=True, exist_ok=True)
-        for index, caption in enumerate(validation.captions):
-            slug = re.sub(r"\W+", "-", caption.lower()).strip("-")[:48]
-            name = f"{index:03d}-{slug}.png"
-            Image.fromarray(images[index]).save(folder / name)
-            scores.append({"caption": caption, "image": name, "reward": rewards[index], "relative": relative[index]})
-        (folder / "scores.json").write_text(json.dumps(scores, indent=1))
+        with written(validation.folder / f"step-{state.step}", size=sum(image.nbytes for image in images)) as folder:
+            folder.mkdir(parents=True)
+            scores = []
+            for index, caption in enumerate(validation.captions):
+                slug = re.sub(r"\W+", "-", caption.lower()).strip("-")[:48]
+                row = {"caption": caption, "image": f"{index:03d}-{slug}.png"}
+                Image.fromarray(images[index]).save(folder / row["image"])
+                scores.append({**row, "reward": rewards[index], "relative": relative[index]})
+            (folder / "scores.json").write_text(json.dumps(scores, indent=1))
         for tracker in accelerator.trackers:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             if hasattr(tracker, "log_images"):
@@ -794,6 +846,8 @@ def validate(accelerator, models, recipe, validation, state):
     accelerator.wait_for_everyone()
     accelerator.log(means, step=state.step)
     state.history.append({"step": state.step, **means})
+    scores = ", ".join(f"{name.removeprefix('validation_')} {value:.4f}" for name, value in means.items())
+    logger.info(f"Validation at step {state.step}: {scores}, {len(images)} images")
 
 
 def save_before_after(folder, steps, output, columns=8):
@@ -809,7 +863,8 @@ def save_before_after(folder, steps, output, columns=8):
             title = "\n".join(textwrap.wrap(image["caption"], 26)[:3]) if step == steps[0] else ""
             axis.set_title(title, fontsize=8, parse_math=False)
         row[0].set_ylabel(f"step {step}")
-    figure.savefig(output, dpi=120)
+    with written(output) as file:
+        figure.savefig(file, format="png", dpi=120)
 
 
 def save_reward_curve(history, output):
@@ -825,7 +880,8 @@ def save_reward_curve(history, output):
         axis.set(title="Reward" if names is rewards else "Relative score", xlabel="update")
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.savefig(output, dpi=120)
+    with written(output) as file:
+        figure.savefig(file, format="png", dpi=120)
 
 
 # ---- 10. What a run leaves behind: checkpoints, the model, its card. ------------------------------------------------
@@ -837,19 +893,138 @@ class Run(NamedTuple):
     expert: str  # the subfolder of the transformer
     two_experts: bool
     dtype: torch.dtype  # of the saved weights
-    identity: dict  # what a checkpoint and the run that continues it must share
+    identity: dict  # what decides the result, and what a checkpoint and the run that continues it share
+    checkpoint_size: int  # in bytes, about
     repo_id: str  # on the Hub
 
 
+def discard(path):
+    """Removes a file or a folder, if there is one. A folder is renamed first: what is left of it never looks whole."""
+    if path.is_dir():
+        shutil.rmtree(path.rename(f"{path}.discarded.unfinished"))
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def written(path, size=1e6):
+    """A path beside `path` to write a file or folder of about `size` bytes to. If the block succeeds, it is flushed to
+    the disk and takes the place of `path`, where a link is followed; else it is removed. A full disk ends the program,
+    before the block if `size` tells it."""
+    path = Path(path).resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    discard(new := path.with_name(f"{path.name}.unfinished"))
+    free = shutil.disk_usage(path.parent).free
+    full = (
+        f"error: the disk is full: `{path}` takes {size / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free. Make room and"
+    )
+    full += " repeat the command; what was saved before is whole."
+    if free < size:
+        raise SystemExit(full)
+    try:
+        yield new
+        for file in filter(Path.is_file, (new, *new.rglob("*"))):
+            with file.open("rb") as stream:
+                os.fsync(stream)
+    except BaseException as error:
+        is_full = shutil.disk_usage(path.parent).free < 2**20 or "No space left" in str(error)
+        discard(new)
+        raise SystemExit(full) if is_full else error from None
+    if path.is_dir():
+        discard(path)
+    new.replace(path)
+
+
+@contextmanager
+def claim_output_dir(run):
+    """Makes the output folder and holds its lock, which the kernel releases however the process ends. Removes what a
+    killed run left unfinished. `ValueError` if another process holds the lock, or there is no room for a checkpoint.
+    If the run ends before [`begin_output`], the folder is as before."""
+    folder, marker = run.output_dir, run.output_dir / MARKER
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    with input_error(f"`--output_dir {folder}` cannot be written; choose another"):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = marker.open("a")
+    with lock:
+        with input_error(f"`--output_dir {folder}` is in use by another run; wait for its end, or choose another"):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            for leftover in (*folder.glob("*.unfinished"), *folder.glob("images/*.unfinished")):
+                discard(leftover)
+            old = find_run_files(folder) if run.flags["overwrite_output_dir"] else []
+            room = sum(file.stat().st_size for path in old for file in (path, *path.rglob("*")))
+            room, needed = (room + shutil.disk_usage(folder).free) / 1e9, run.checkpoint_size / 1e9
+            if room < needed:
+                raise ValueError(
+                    f"`--output_dir {folder}`: a checkpoint takes {needed:.3g} GB, {room:.3g} GB are free."
+                )
+            yield
+        finally:
+            if marker.stat().st_size == 0:
+                marker.unlink()
+                for each in made:
+                    each.rmdir()
+
+
+def begin_output(run):
+    """Marks the output folder as that of the run, without what an earlier one left there, and begins `train.log`."""
+    if run.flags["overwrite_output_dir"]:
+        for path in find_run_files(run.output_dir):
+            discard(path)
+            for folder in path.parents:
+                if folder == run.output_dir or any(folder.iterdir()):
+                    break
+                folder.rmdir()
+    (run.output_dir / MARKER).write_text(json.dumps(run.identity, indent=1))  # in place, since it is locked
+    handler = logging.FileHandler(run.output_dir / "train.log")
+    handler.setFormatter(logging.Formatter(LOG_FORMAT))
+    logging.getLogger().addHandler(handler)
+
+
+def find_run_files(output_dir):
+    """What runs wrote into this folder: files, and the folders of checkpoints. Nothing else is ever deleted."""
+    return [*(path for pattern in RUN_FILES for path in output_dir.glob(pattern)), *list_checkpoints(output_dir)]
+
+
 def list_checkpoints(output_dir):
-    """The complete checkpoints in a folder, in the order in which they were written."""
-    states = sorted(Path(output_dir).glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime_ns)
-    return [path.parent for path in states if re.fullmatch(r"checkpoint-\d+", path.parent.name)]
+    """The checkpoints in a folder, in the order in which they were saved, which a copy keeps. One without a readable
+    state is the last."""
+
+    def saved(folder):
+        with suppress(OSError, ValueError, TypeError, LookupError):
+            return float(json.loads((folder / STATE_FILE).read_text())["saved"])
+        return math.inf
+
+    folders = [path.parent for path in Path(output_dir).glob(f"checkpoint-*/{STATE_FILE}")]
+    return sorted((folder for folder in folders if re.fullmatch(r"checkpoint-\d+", folder.name)), key=saved)
 
 
-def discard(folder):
-    """Removes a checkpoint. It is renamed first, so that what is left if that is interrupted does not look whole."""
-    shutil.rmtree(folder.rename(f"{folder}.discarded.unfinished"))
+def list_checksums(accelerator, folder):
+    """A line `SHA-256  name` for each file in a folder, as `sha256sum` writes it. Each process reads a share."""
+
+    def line(file):
+        with file.open("rb") as stream:
+            return f"{huggingface_hub.utils.sha.sha_fileobj(stream).hex()}  {file.relative_to(folder)}"
+
+    files = sorted(path for path in Path(folder).rglob("*") if path.is_file() and path.name != CHECKSUMS)
+    with ThreadPoolExecutor() as threads:
+        lines = list(threads.map(line, files[accelerator.process_index :: accelerator.num_processes]))
+    return sorted(gather_object(lines))
+
+
+def is_whole(accelerator, folder):
+    """Whether the files of a checkpoint are those that were saved. All processes must call it."""
+    file = Path(folder, CHECKSUMS)
+    listed = file.read_text(errors="replace").splitlines() if file.is_file() else None
+    return list_checksums(accelerator, folder) == listed
+
+
+def require_finite_weights(accelerator, transformer, run):
+    """Ends the program, before anything is saved, if trained weights, or the share of a process, are not finite."""
+    shares = [getattr(each, "ds_tensor", each) for each in transformer.parameters() if each.requires_grad]
+    if not min(gather_object([all(share.isfinite().all() for share in shares)])):
+        last = (list_checkpoints(run.output_dir) or ["the base model"])[-1]
+        raise SystemExit(f"error: weights became NaN or infinite, and are not saved. The last good state is {last}.")
 
 
 def keep_lora_only(_models, weights, _output_dir):
@@ -858,66 +1033,109 @@ def keep_lora_only(_models, weights, _output_dir):
 
 
 def save_checkpoint(accelerator, transformer, run, state):
-    """Writes `checkpoint-N`: the training state, and in `trainer_state.json` the curves and what export_checkpoint.py
-    needs. It is written beside and renamed when complete; only then are checkpoints above the limit removed."""
-    folder = run.output_dir / f"checkpoint-{state.step}"
-    unfinished = folder.with_name(f"{folder.name}.unfinished")
-    if accelerator.is_main_process:
-        for leftover in run.output_dir.glob("checkpoint-*.unfinished"):
-            shutil.rmtree(leftover)
-    accelerator.wait_for_everyone()
-    # Frozen weights are those of the base model: without DeepSpeed, `keep_lora_only` leaves them out.
-    options = {"exclude_frozen_parameters": True} if accelerator.deepspeed_plugin else {}
-    accelerator.save_state(str(unfinished), **options)
-    os.sync()
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        bare = accelerator.unwrap_model(transformer)
-        content = {"global_step": state.step, "history": state.history, "run": run.identity, "expert": run.expert}
-        content |= {"config": dict(bare.config), "lora": lora_metadata(bare), "dtype": str(run.dtype).split(".")[1]}
-        (unfinished / "trainer_state.json").write_text(json.dumps(content))
-        if folder.exists():
-            discard(folder)
-        unfinished.rename(folder)
-        if limit := run.flags["checkpoints_total_limit"]:
-            for old in list_checkpoints(run.output_dir)[:-limit]:
-                discard(old)
+    """Writes `checkpoint-N`: the training state, in `trainer_state.json` the curves and what export_checkpoint.py
+    needs, and checksums. Only when it is complete, checkpoints above the limit are removed."""
+    require_finite_weights(accelerator, transformer, run)
+    folder, main = run.output_dir / f"checkpoint-{state.step}", accelerator.is_main_process
+    with written(folder, run.checkpoint_size) if main else nullcontext(Path(f"{folder.resolve()}.unfinished")) as new:
+        if main:
+            bare = accelerator.unwrap_model(transformer)
+            content = {"saved": time.time(), "global_step": state.step, "skipped": state.skipped}
+            content |= {"history": state.history, "run": run.identity, "expert": run.expert}
+            content |= {
+                "config": dict(bare.config),
+                "lora": lora_metadata(bare),
+                "dtype": str(run.dtype).split(".")[1],
+            }
+            new.mkdir()
+            (new / STATE_FILE).write_text(json.dumps(content))
+        accelerator.wait_for_everyone()
+        # Frozen weights are those of the base model: without DeepSpeed, `keep_lora_only` leaves them out.
+        options = {"exclude_frozen_parameters": True} if accelerator.deepspeed_plugin else {}
+        accelerator.save_state(str(new), **options)
+        # Every draw is a function of the seed, so the pickled states of generators are of no use.
+        (new / f"random_states_{accelerator.process_index}.pkl").unlink()
+        accelerator.wait_for_everyone()
+        checksums = list_checksums(accelerator, new)
+        if main:
+            (new / CHECKSUMS).write_text("".join(f"{line}\n" for line in checksums))
+    if main:
+        for old in list_checkpoints(run.output_dir)[: -(run.flags["checkpoints_total_limit"] or sys.maxsize)]:
+            discard(old)
         logger.info(f"Saved state to {folder}")
     accelerator.wait_for_everyone()
 
 
-def find_checkpoint(run, resume_from, max_train_steps):
+def read_state(folder):
+    """What `trainer_state.json` of a checkpoint says. `ValueError` if it is not what [`save_checkpoint`] writes."""
+    file = Path(folder, STATE_FILE)
+    with input_error(f"`{file}` is damaged or of another version of this script; take another checkpoint"):
+        content = json.loads(file.read_text())
+        types = {type(value) for row in content["history"] for value in (row["step"] / 1, *row.values())}
+        known = content["expert"] in EXPERTS and {"run", "config", "lora", "dtype"} <= content.keys()
+        if (
+            not known
+            or not types <= {int, float}
+            or {type(content[name]) for name in ("global_step", "skipped")} != {int}
+        ):
+            raise ValueError("it does not hold what this script writes")
+        return content
+
+
+def find_checkpoint(accelerator, run):
     """The checkpoint to resume from, or `None`, and its [`RunState`]. `ValueError` if the run cannot go on with it."""
-    folder = (list_checkpoints(run.output_dir) or [None])[-1] if resume_from == "latest" else resume_from
+    saved, flags = list_checkpoints(run.output_dir), run.flags
+    folder = (saved or [None])[-1] if flags["resume_from_checkpoint"] == "latest" else flags["resume_from_checkpoint"]
     if folder is None:
         return None, RunState()
-    file = Path(folder, "trainer_state.json")
-    with input_error(f"`{file}` is damaged or of another version of this script; resume from another checkpoint"):
-        content = json.loads(file.read_text())
-        state = RunState(content["global_step"], content["history"])
-        found = {name: content["run"][name] for name in run.identity}
-    for name, value in run.identity.items():
-        if found[name] != value:
-            problem = f"{folder} was made with another {name}: {found[name]}. It cannot go on with {value}."
-            raise ValueError(f"{problem} Use the same, or start a new run.")
-    if state.step > max_train_steps:
-        raise ValueError(f"{folder} is beyond `--max_train_steps {max_train_steps}`.")
-    return folder, state
+    if not is_whole(accelerator, folder):
+        others = [each for each in reversed(saved) if not each.samefile(folder)]
+        whole = next((each for each in others if is_whole(accelerator, each)), None)
+        advice = f"The newest whole one: `--resume_from_checkpoint {whole}`" if whole else "No other is whole"
+        raise ValueError(f"{folder} is damaged: its files are not those that `{CHECKSUMS}` in it lists. {advice}.")
+    content, new = read_state(folder), json.loads(json.dumps(run.identity))
+    found = content["run"]
+    other = [name for name in new if found.get(name) != new[name]]
+    fixed = any(name in PINNED for name in other)
+    if fixed or (other and not flags["allow_changes"]):
+        changes = "; ".join(f"{name}: {found.get(name)}, which is now {new[name]}" for name in other)
+        advice = "Use the same, or start a new run" if fixed else "Use the same, or add `--allow_changes`"
+        raise ValueError(f"{folder} was made with another {changes}. {advice}.")
+    if content["global_step"] > flags["max_train_steps"] or content["global_step"] % flags["updates_per_rollout"]:
+        needs = f"`--max_train_steps {flags['max_train_steps']}`, or amid a rollout of `--updates_per_rollout`"
+        raise ValueError(f"{folder} is beyond {needs}.")
+    return folder, RunState(content["global_step"], content["skipped"], content["history"])
+
+
+def load_checkpoint(accelerator, adam, folder, is_lora):
+    """Loads what [`save_checkpoint`] saved; `adam` keeps the settings that it was made with. What DeepSpeed wrote are
+    pickles, which could run any code: here they may hold tensors, plain values and two classes, and nothing else."""
+    options, safe = {"strict": False}, nullcontext()  # the frozen weights under a LoRA are there already
+    if accelerator.deepspeed_plugin:
+        classes = [deepspeed.runtime.fp16.loss_scaler.LossScaler, deepspeed.runtime.zero.config.ZeroStageEnum]
+        options, safe = {"load_module_strict": False}, torch.serialization.safe_globals(classes)
+    with patch_environment(TORCH_FORCE_WEIGHTS_ONLY_LOAD=1), safe:
+        accelerator.load_state(str(folder), **(options if is_lora else {}))
+    for group in adam.param_groups:
+        group |= {name: adam.defaults[name] for name in ("betas", "eps", "weight_decay")}
+        group["initial_lr"] = float(adam.defaults["lr"])
 
 
 def save_weights(weights, output_dir, expert, config, lora):
     """Writes trained weights, {name in the transformer: `torch.Tensor`}, as diffusers reads them: a file for a LoRA,
     which has the metadata `lora`, else the folder `expert` with the transformer's `config`. Returns the path."""
-    if lora is not None:
-        layers = {name.replace(".default.", "."): weight for name, weight in weights.items()}
-        diffusers.WanPipeline.save_lora_weights(output_dir, layers, transformer_lora_adapter_metadata=lora)
-        return Path(output_dir, LORA_FILE)
-    folder = Path(output_dir, expert)
-    with torch.device("meta"):
-        diffusers.WanTransformer3DModel.from_config(config).save_config(folder)
-    pattern = f"{DIFFUSERS_STEM}{{suffix}}.safetensors"
-    huggingface_hub.save_torch_state_dict(weights, folder, filename_pattern=pattern, max_shard_size="10GB")
-    return folder
+    path = Path(output_dir, expert if lora is None else LORA_FILE)
+    with written(path, sum(weight.nbytes for weight in weights.values())) as new:
+        if lora is not None:
+            layers = {name.replace(".default.", "."): weight for name, weight in weights.items()}
+            options = {"weight_name": new.name, "transformer_lora_adapter_metadata": lora}
+            diffusers.WanPipeline.save_lora_weights(new.parent, layers, **options)
+        else:
+            with torch.device("meta"):
+                diffusers.WanTransformer3DModel.from_config(config).save_config(new)
+            options = {"filename_pattern": f"{DIFFUSERS_STEM}{{suffix}}.safetensors", "max_shard_size": "10GB"}
+            huggingface_hub.save_torch_state_dict(weights, new, **options)
+    return path
 
 
 MODEL_CARD = """---
@@ -926,9 +1144,8 @@ MODEL_CARD = """---
 
 # SRPO fine-tuning of {{ base }}
 
-{{ what }} of [{{ base }}](https://huggingface.co/{{ base }}), fine-tuned for text-to-image with SRPO on the reward of
-{{ flags.reward_model }}: {{ updates }} updates{% if scores %}, relative reward {{ "%.4f" % scores[0] }} -> {{
-"%.4f" % scores[-1] }}{% endif %}.
+{{ what }} of {{ link }}, fine-tuned for text-to-image with SRPO on the reward of {{ flags.reward_model }}:
+{{ updates }} updates{% if scores %}, relative reward {{ "%.4f" % scores[0] }} -> {{ "%.4f" % scores[-1] }}{% endif %}.
 
 {% if scores %}![Validation images before and after training](before_after.png)
 {% endif %}
@@ -940,9 +1157,11 @@ MODEL_CARD = """---
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 
-expert = WanTransformer3DModel.from_pretrained("{{ source }}", subfolder="{{ run.expert }}", dtype=torch.bfloat16)
-{% if flags.lora_rank %}expert.load_lora_adapter("{{ run.repo_id }}", weight_name="{{ file }}", use_safetensors=True)
-{% endif %}pipe = WanPipeline.from_pretrained("{{ base }}", {{ experts }}, dtype=torch.bfloat16).to("cuda")
+base = "{{ base }}"  # its id on the Hub, or the path of its folder
+trained = "{{ run.repo_id }}"  # likewise, of this model
+expert = WanTransformer3DModel.from_pretrained({{ source }}, subfolder="{{ run.expert }}", dtype=torch.bfloat16)
+{% if flags.lora_rank %}expert.load_lora_adapter(trained, weight_name="{{ file }}", use_safetensors=True)
+{% endif %}pipe = WanPipeline.from_pretrained(base, {{ experts }}, dtype=torch.bfloat16).to("cuda")
 image = pipe(
     "a red fox in the snow", num_frames=1, height={{ flags.validation_size }}, width={{ flags.validation_size }},
     num_inference_steps={{ flags.num_inference_steps }}, guidance_scale={{ flags.validation_guidance_scale }},
@@ -954,34 +1173,60 @@ image = pipe(
 
 | flag | value |
 |---|---|
-{% for name, value in flags | dictsort if value is not none and name not in hidden %}| `--{{ name }}` | {{
-value | join(" ") if value is iterable and value is not string else value }} |
+{% for name, value in flags | dictsort if value not in (none, false) and name not in hidden %}| `--{{ name }}` | {{
+value }} |
 {% endfor %}
 Method: SRPO, Shen et al. 2025, https://arxiv.org/abs/2509.06942.
 """
 
 
-def save_model_card(run, history):
-    """Writes the `README.md` of the output folder: what it is, how to use it, how it was made."""
-    base, rank = run.flags["pretrained_model_name_or_path"], run.flags["lora_rank"]
-    tags = ["text-to-image", "diffusers", "wan", "srpo", *(["lora"] if rank else [])]
-    data = {"license": "apache-2.0", "library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags}
+def save_model_card(run, history, images):
+    """Writes the `README.md` of the output folder: what it is, how to use it, how it was made. `images` is the last
+    folder of validation images, or `None`. Of paths on this machine, a card has the last part only."""
+
+    def public(value):
+        if isinstance(value, str) and (cached := re.search(r"--([^/]+)--([^/]+)/snapshots/[^/]+$", value)):
+            return "/".join(cached.groups())
+        return shlex.join(map(str, value)) if isinstance(value, list | tuple) else value
+
+    flags = {name: public(value) for name, value in run.flags.items()}
+    local = [name for name in PATH_FLAGS if flags[name] is not None and Path(flags[name]).exists()]
+    flags |= {name: Path(flags[name]).resolve().name for name in local}
+    base, rank, on_hub = flags[PATH_FLAGS[0]], run.flags["lora_rank"], PATH_FLAGS[0] not in local
+    data = {"license": "apache-2.0", "library_name": "diffusers", "pipeline_tag": "text-to-image"}
+    data["tags"] = ["text-to-image", "diffusers", "wan", "srpo", *(["lora"] if rank else [])]
+    if on_hub:
+        data |= {"base_model": base, "base_model_relation": "adapter" if rank else "finetune"}
+    validations = [row for row in history if "validation_relative" in row]
+    if images is not None and validations:
+        painted, folder = json.loads((images / "scores.json").read_text()), images.relative_to(run.output_dir)
+        data["widget"] = [{"text": row["caption"], "output": {"url": f"{folder}/{row['image']}"}} for row in painted]
+        task = {"task_type": "text-to-image", "dataset_type": "prompts", "dataset_name": "validation prompts"}
+        data["model_name"], data["eval_results"] = run.repo_id.split("/")[-1], []
+        for when, row in (("before", validations[0]), ("after", validations[-1])):
+            for name in ("reward", "relative"):
+                metric = {"metric_type": name, "metric_name": f"{flags['reward_model']}, {name}, {when} training"}
+                value = round(row[f"validation_{name}"], 4)
+                data["eval_results"].append(huggingface_hub.EvalResult(**task, **metric, metric_value=value))
     alone = "transformer=None, transformer_2=expert, boundary_ratio=1.0"
     card = huggingface_hub.ModelCard.from_template(
-        huggingface_hub.ModelCardData(base_model=None if Path(base).is_dir() else base, **data),
+        huggingface_hub.ModelCardData(**data),
         template_str=MODEL_CARD,
-        **{"run": run, "flags": run.flags, "base": base, "source": base if rank else run.repo_id, "file": LORA_FILE},
+        **{"run": run, "flags": flags, "base": base, "file": LORA_FILE, "source": "base" if rank else "trained"},
+        link=f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{base}`",
         what=f"A LoRA of rank {rank} for `{run.expert}`" if rank else f"`{run.expert}`",
         experts=alone if run.two_experts else f"{run.expert}=expert",
         updates=max((row["step"] for row in history), default=0),
-        scores=[row["validation_relative"] for row in history if "validation_relative" in row],
-        hidden=("hub_token", "output_dir", "validation_prompts"),
+        scores=[row["validation_relative"] for row in validations],
+        hidden=("output_dir", "validation_prompts", "cache_dir", "resume_from_checkpoint"),
     )
-    card.save(run.output_dir / "README.md")
+    with written(run.output_dir / "README.md") as file:
+        card.save(file)
 
 
 def save_results(accelerator, transformer, run, state):
-    """Writes what users want of a run: the weights, the curves, the pictures and the card; and pushes it."""
+    """Writes what users want of a run: the weights, the curves, the pictures and the card; and begins to upload it."""
+    require_finite_weights(accelerator, transformer, run)
     weights = gather_weights(accelerator, transformer, run.dtype)
     if accelerator.is_main_process:
         bare, output, images = accelerator.unwrap_model(transformer), run.output_dir, run.output_dir / "images"
@@ -990,9 +1235,9 @@ def save_results(accelerator, transformer, run, state):
         painted = [row["step"] for row in state.history if (images / f"step-{row['step']}/scores.json").is_file()]
         if painted:
             save_before_after(images, (painted[0], painted[-1]), output / "before_after.png")
-        save_model_card(run, state.history)
+        save_model_card(run, state.history, images / f"step-{painted[-1]}" if painted else None)
         if run.flags["push_to_hub"]:
-            upload(run, state.step)
+            state.uploads.append(start_upload(run, state.step))
     accelerator.wait_for_everyone()
 
 
@@ -1012,17 +1257,31 @@ def with_retries(request, attempts=5):
             time.sleep(2**attempt)
 
 
-def upload(run, step):
-    """Uploads the output folder without its checkpoints. If that fails, the folder is whole and a message says how."""
-    ignored, folder = ["checkpoint-*", f"{run.flags['logging_dir']}/*"], str(run.output_dir)
-    options = {"repo_id": run.repo_id, "folder_path": folder, "token": run.flags["hub_token"]}
-    try:
-        options |= {"commit_message": f"After {step} updates", "ignore_patterns": [*ignored]}
-        with_retries(lambda: huggingface_hub.upload_folder(**options))
-    except Exception as error:  # whatever it was, the run goes on and its files are safe
-        exclude = [word for pattern in ignored for word in ("--exclude", pattern)]
-        command = shlex.join(["hf", "upload", run.repo_id, folder, ".", *exclude])
-        logger.error(f"Upload failed: {error}\nUpload later with: {command}")
+def start_upload(run, step):
+    """Uploads the output folder without its checkpoints, in the background and one upload after the other, so that no
+    process waits for it. Returns a `Future`. If it fails, the folder is whole and a message says how to repeat it."""
+    ignored, logs = ["checkpoint-*", "*.unfinished", MARKER], run.flags["logging_dir"]
+    by_branch = run.flags["hub_strategy"] == "branch" and step < run.flags["max_train_steps"]
+    hub = {"repo_id": run.repo_id, **({"revision": f"step-{step}"} if by_branch else {})}
+    discard(frozen := run.output_dir / f"upload-{step}.unfinished")
+
+    def copy(source, target):  # the run replaces files of weights by new ones, so a link keeps the old
+        (os.link if source.endswith(".safetensors") else shutil.copy2)(source, target)
+
+    def upload():
+        try:
+            if by_branch:
+                with_retries(lambda: huggingface_hub.create_branch(run.repo_id, branch=f"step-{step}", exist_ok=True))
+            options = {**hub, "folder_path": frozen, "commit_message": f"After {step} updates"}
+            with_retries(lambda: huggingface_hub.upload_folder(**options))
+        except Exception as error:  # whatever it was, the run goes on and its files are safe
+            exclude = [word for pattern in (*ignored, f"{logs}/*") for word in ("--exclude", pattern)]
+            command = shlex.join(["hf", "upload", run.repo_id, str(run.output_dir), ".", *exclude])
+            logger.error(f"Upload failed: {error}\nUpload later with: {command}")
+        discard(frozen)
+
+    shutil.copytree(run.output_dir, frozen, copy_function=copy, ignore=shutil.ignore_patterns(*ignored, logs))
+    return huggingface_hub.HfApi().run_as_future(upload)
 
 
 # ---- 11. Flags and checks: what cannot succeed is refused before any model is loaded. -------------------------------
@@ -1032,24 +1291,51 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if hidden else super()._get_help_string(action)
 
 
+def number(kind=float, **limits):
+    """An argparse type: a finite number of this `kind` within limits, such as `at_least=0, below=1`."""
+    holds = {"at_least": operator.ge, "above": operator.gt, "below": operator.lt, "at_most": operator.le}
+
+    def convert(text):
+        value = kind(text)
+        if not math.isfinite(value) or not all(holds[name](value, limit) for name, limit in limits.items()):
+            words = " and ".join(f"{name.replace('_', ' ')} {limit}" for name, limit in limits.items())
+            raise argparse.ArgumentTypeError(f"must be {words or 'finite'}, but is {text}")
+        return value
+
+    convert.__name__ = "whole number" if kind is int else "number"  # in argparse's "invalid ... value"
+    return convert
+
+
+def text(value):
+    """The argparse type of all that is not a number."""
+    if not any(letter.isprintable() and not letter.isspace() for letter in value):
+        raise argparse.ArgumentTypeError("must not be blank")
+    return value
+
+
 def parse_args(input_args=None):
     parser = argparse.ArgumentParser(
         description="Fine-tune the low-noise expert of Wan2.2 for text-to-image with SRPO.",
         usage="accelerate launch --config_file F %(prog)s --pretrained_model_name_or_path M --dataset_name D [...]",
         formatter_class=HelpFormatter,
+        allow_abbrev=False,
     )
+    parser.register("type", None, text)
+    count, positive, guidance = number(int, at_least=1), number(above=0), number(at_least=1)
+    from_0, share, index = number(at_least=0), number(at_least=0, below=1), number(int, at_least=0)
+    grid, ratio, extra = number(int, at_least=2 * POSITION_MARGIN), number(above=0, below=1), number(above=-1)
     # fmt: off
     add = parser.add_argument_group("model and data").add_argument
     add("--pretrained_model_name_or_path", required=True, help="Path to pretrained model or model identifier.")
     add("--revision", help="Revision of pretrained model identifier from huggingface.co/models.")
     add("--variant", help="Variant of the model files of the pretrained model identifier, 'e.g.' fp16")
-    add("--transformer_subfolder", default="transformer_2", help="The expert: `transformer` for models that have one.")
+    add("--transformer_subfolder", choices=EXPERTS, default="transformer_2", help="The expert to train.")
     add("--dataset_name", required=True, help="Folder or Hub id of the dataset that embed_prompts.py wrote.")
-    add("--max_sequence_length", type=int, default=512, help="The one that the captions were embedded with.")
+    add("--max_sequence_length", type=count, default=512, help="The one that the captions were embedded with.")
     add("--cache_dir", help="Where the downloaded base model and dataset will be stored.")
-    add("--dataloader_num_workers", type=int, default=0, help="Number of subprocesses to use for data loading.")
-    add("--height", type=int, default=512, help="The height in pixels of the images to train on.")
-    add("--width", type=int, default=512, help="The width in pixels of the images to train on.")
+    add("--dataloader_num_workers", type=index, default=0, help="Number of subprocesses to use for data loading.")
+    add("--height", type=count, default=512, help="The height in pixels of the images to train on.")
+    add("--width", type=count, default=512, help="The width in pixels of the images to train on.")
     add = parser.add_argument_group("reward").add_argument
     add("--reward_model", choices=["HPS", "PickScore", "CLIP"], default="HPS", help="The human-preference model.")
     add("--reward_model_path", help="HPS: the file HPS_v2.1_compressed.pt; else folder or Hub id of a CLIPModel.")
@@ -1061,106 +1347,127 @@ def parse_args(input_args=None):
     add = parser.add_argument_group("SRPO").add_argument
     add("--branches", choices=["both", "denoise", "inversion"], default="both", help="Branches of the graded step.")
     add("--loss", choices=["hinge", "linear"], default="hinge", help="relu(margin - score), or just -score.")
-    add("--reward_margin", type=float, default=0.7, help="The score from which on the hinge loss is zero.")
-    add("--loss_weight_shift", type=float, help="Weigh the loss at position p by this shift's curve at p / length.")
-    add("--drift_weight", type=float, default=0.0, help="Weight in the loss of (velocity - untrained velocity)^2.")
-    add("--train_timestep", type=int, nargs=2, default=[5, 25], help="The trained steps of the num_inference_steps.")
-    add("--timestep_length", type=int, default=1000, help="Number of noise levels in the trained window.")
-    add("--groundtruth_ratio", type=float, default=0.9, help="Injected noise, as a share of the window.")
-    discount = {"type": float, "nargs": 2, "help": "Extra weight of the favoured caption, at low and at high noise."}
+    add("--reward_margin", type=from_0, default=0.7, help="The score from which on the hinge loss is zero.")
+    add("--loss_weight_shift", type=positive, help="Weigh the loss at position p by this shift's curve at p / length.")
+    add("--drift_weight", type=from_0, default=0.0, help="Weight in the loss of (velocity - untrained velocity)^2.")
+    add("--train_timestep", type=index, nargs=2, default=[5, 25], help="The trained steps of the num_inference_steps.")
+    add("--timestep_length", type=grid, default=1000, help="Number of noise levels in the trained window.")
+    add("--groundtruth_ratio", type=ratio, default=0.9, help="Injected noise, as a share of the window.")
+    discount = {"type": extra, "nargs": 2, "help": "Extra weight of the favoured caption, at low and at high noise."}
     add("--discount_pos", **discount, default=[0.1, 0.25])
     add("--discount_inv", **discount, default=[0.3, 0.01])
-    add("--shift", type=float, default=1.0, help="Shift of the schedule that the window is cut from.")
-    add("--num_inference_steps", type=int, default=40, help="Steps of that schedule, and of validation images.")
+    add("--shift", type=positive, default=1.0, help="Shift of the schedule that the window is cut from.")
+    add("--num_inference_steps", type=count, default=40, help="Steps of that schedule, and of validation images.")
     add = parser.add_argument_group("rollout").add_argument
-    add("--sampling_steps", type=int, default=10, help="The number of denoising steps of a rollout.")
+    add("--sampling_steps", type=count, default=10, help="The number of denoising steps of a rollout.")
     add("--rollout_scheduler", choices=["unipc", "euler"], default="unipc", help="The solver of rollouts.")
     add("--rollout_start", choices=["noise", "boundary"], default="noise", help="boundary: from stored latents.")
-    add("--rollout_batch_size", type=int, help="Samples to roll out at once (per device). Default: train_batch_size.")
-    add("--updates_per_rollout", type=int, default=1, help="Number of updates that a rollout is used for.")
+    add("--rollout_batch_size", type=count, help="Samples to roll out at once. Default: the train_batch_size.")
+    add("--updates_per_rollout", type=count, default=1, help="Number of updates that a rollout is used for.")
     add("--renew_noise", action="store_true", help="Also inject new noise in further updates on the same rollout.")
-    add("--rollout_shift", type=float, help="Shift of the rollout's schedule. Default: `flow_shift` of the model.")
-    add("--rollout_guidance_scale", type=float, default=3.0, help="Guidance scale of rollouts; 1.0 halves their cost.")
+    add("--rollout_shift", type=positive, help="Shift of the rollout's schedule. Default: `flow_shift` of the model.")
+    add("--rollout_guidance_scale", type=guidance, default=3.0, help="Guidance scale of rollouts; 1: half the cost.")
     add("--noise", choices=["shared", "per_sample"], default="shared", help="One noise for a step, or one per sample.")
     add = parser.add_argument_group("LoRA").add_argument
-    add("--lora_rank", type=int, help="Train a LoRA of this rank beside the weights. Default: train all weights.")
-    add("--lora_alpha", type=float, help="Scale of the LoRA: alpha / rank. Default: the rank.")
-    add("--lora_dropout", type=float, help="Dropout probability of the LoRA's input in the graded step. Default: 0.")
+    add("--lora_rank", type=count, help="Train a LoRA of this rank beside the weights. Default: train all weights.")
+    add("--lora_alpha", type=positive, help="Scale of the LoRA: alpha / rank. Default: the rank.")
+    add("--lora_dropout", type=share, help="Dropout probability of the LoRA's input in the graded step. Default: 0.")
     add("--lora_target_modules", nargs="+", help="Names of the layers that get a LoRA. Default: those of attention.")
     add("--base_weights", choices=["fp8"], help="Store frozen linear layers in float8 (e4m3), half of bf16.")
     add = parser.add_argument_group("optimization").add_argument
-    add("--seed", type=int, default=42, help="A seed for reproducible training.")
-    add("--train_batch_size", type=int, default=1, help="Batch size (per device) of a rollout, in captions.")
-    add("--gradient_accumulation_steps", type=int, default=1, help="Number of rollouts to accumulate for an update.")
-    add("--max_train_steps", type=int, default=100, help="Total number of updates to perform.")
-    add("--learning_rate", type=float, default=5e-6, help="Initial learning rate to use.")
+    add("--seed", type=number(int, at_least=0, below=2**32), default=42, help="A seed for reproducible training.")
+    add("--train_batch_size", type=count, default=1, help="Batch size (per device) of a rollout, in captions.")
+    add("--gradient_accumulation_steps", type=count, default=1, help="Number of rollouts to accumulate for an update.")
+    add("--max_train_steps", type=count, default=100, help="Total number of updates to perform.")
+    add("--learning_rate", type=from_0, default=5e-6, help="Initial learning rate to use.")
     schedulers = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
     add("--lr_scheduler", choices=schedulers, default="constant", help="The scheduler type to use.")
-    add("--lr_warmup_steps", type=int, default=0, help="Number of steps for the warmup in the lr scheduler.")
+    add("--lr_warmup_steps", type=index, default=0, help="Number of steps for the warmup in the lr scheduler.")
     add("--optimizer", choices=["adamw", "adamw_8bit"], default="adamw", help="adamw_8bit: 6 bytes a weight, not 16.")
-    add("--adam_beta1", type=float, default=0.9, help="The beta1 parameter for the AdamW optimizer.")
-    add("--adam_beta2", type=float, default=0.999, help="The beta2 parameter for the AdamW optimizer.")
-    add("--adam_weight_decay", type=float, default=1e-4, help="Weight decay to use.")
-    add("--adam_epsilon", type=float, default=1e-8, help="Epsilon value for the AdamW optimizer.")
-    add("--max_grad_norm", type=float, default=0.1, help="Max gradient norm.")
+    add("--adam_beta1", type=share, default=0.9, help="The beta1 parameter for the AdamW optimizer.")
+    add("--adam_beta2", type=share, default=0.999, help="The beta2 parameter for the AdamW optimizer.")
+    add("--adam_weight_decay", type=from_0, default=1e-4, help="Weight decay to use.")
+    add("--adam_epsilon", type=positive, default=1e-8, help="Epsilon value for the AdamW optimizer.")
+    add("--max_grad_norm", type=positive, default=0.1, help="Max gradient norm.")
+    add("--max_skipped_updates", type=count, default=3, help="End after this many updates of NaN or infinity.")
     add("--gradient_checkpointing", action="store_true", help="Save memory at the expense of slower backward pass.")
     add("--compile", action="store_true", help="Compile the blocks of the transformer: minutes once, then faster.")
     add("--allow_tf32", action="store_true", help="Whether or not to allow TF32 on Ampere and later GPUs.")
+    add("--deterministic", action="store_true", help="Only deterministic algorithms: the same bits on the same GPUs.")
     add = parser.add_argument_group("validation").add_argument
     add("--validation_prompts", nargs="*", help="Prompts of the dataset. Default: split `validation`, or the first 4.")
-    add("--validation_steps", type=int, default=10, help="Run validation every X updates, and at the end.")
-    add("--validation_size", type=int, default=1024, help="The side in pixels of validation images.")
-    add("--validation_guidance_scale", type=float, default=3.0, help="Guidance scale of validation images.")
+    add("--validation_steps", type=count, default=10, help="Run validation every X updates, and at the end.")
+    add("--validation_size", type=count, default=1024, help="The side in pixels of validation images.")
+    add("--validation_guidance_scale", type=guidance, default=3.0, help="Guidance scale of validation images.")
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", default="srpo-wan", help="Where the model, checkpoints, images and logs will be written.")
     add("--overwrite_output_dir", action="store_true", help="Delete what an earlier run wrote to `output_dir` first.")
-    add("--checkpointing_steps", type=int, default=10, help="Save a checkpoint of the training state every X updates.")
-    add("--checkpoints_total_limit", type=int, help="Max number of checkpoints to store. Default: no limit.")
+    add("--checkpointing_steps", type=count, default=10, help="Save the state every X updates, and at the end.")
+    add("--checkpoints_total_limit", type=count, help="Max number of checkpoints to store. Default: no limit.")
     add("--resume_from_checkpoint", help="Path of a checkpoint, or `latest` for the last one in `output_dir`.")
-    add("--logging_dir", default="logs", help="The directory for TensorBoard logs, inside `output_dir`.")
+    add("--allow_changes", action="store_true", help="Resume although flags or data that change the result differ.")
+    add("--logging_dir", default="logs", help="The folder in `output_dir` for TensorBoard logs.")
     trackers = [*LOGGER_TYPE_TO_CLASS, "all", "none"]
     add("--report_to", choices=trackers, default="tensorboard", help="Where to report results and logs.")
     add("--push_to_hub", action="store_true", help="Whether or not to push the model to the Hub.")
     add("--hub_model_id", help="The name of the repository to push to. Default: the name of `output_dir`.")
-    add("--hub_token", help="The token to use to push to the Model Hub.")
     add("--hub_private_repo", action="store_true", help="Whether to create the repository as private.")
-    add("--hub_strategy", choices=["end", "checkpoint"], default="end", help="Push at the end, or at checkpoints too.")
+    strategies = {"choices": ["end", "checkpoint", "branch"], "default": "end"}
+    add("--hub_strategy", **strategies, help="Push at the end, or at checkpoints too, or those to branches `step-N`.")
     # fmt: on
-    args = parser.parse_args(input_args)
-    counts = "train_batch_size gradient_accumulation_steps max_train_steps max_sequence_length sampling_steps "
-    counts += "num_inference_steps validation_steps checkpointing_steps updates_per_rollout rollout_batch_size "
-    for names, valid, what in (
-        (counts + "checkpoints_total_limit lora_rank", lambda value: value >= 1, "at least 1"),
-        ("shift rollout_shift loss_weight_shift max_grad_norm lora_alpha", lambda value: value > 0, "positive"),
-        ("seed learning_rate drift_weight", lambda value: value >= 0, "at least 0"),
-        ("timestep_length", lambda value: value >= 2 * POSITION_MARGIN, f"at least {2 * POSITION_MARGIN}"),
-        ("groundtruth_ratio", lambda value: 0 < value < 1, "between 0 and 1"),
-        ("lora_dropout", lambda value: 0 <= value < 1, "at least 0 and below 1"),
-    ):
-        for name in names.split():
-            if getattr(args, name) is not None and not valid(getattr(args, name)):
-                parser.error(f"`--{name}` must be {what}, but is {getattr(args, name)}.")
-    (first, last), steps = args.train_timestep, args.num_inference_steps
-    if not 0 <= first < last <= steps:
-        what = f"two growing steps of the {steps} `--num_inference_steps`"
-        parser.error(f"`--train_timestep {first} {last}` must be {what}.")
-    if args.checkpointing_steps % args.updates_per_rollout:
-        parser.error("`--checkpointing_steps` must be a multiple of `--updates_per_rollout`: rollouts are not saved.")
-    if args.renew_noise and args.updates_per_rollout == 1:
-        parser.error("`--renew_noise` needs `--updates_per_rollout` above 1; each rollout has new noise anyway.")
-    for name in ("lora_alpha", "lora_dropout", "lora_target_modules", "base_weights"):
-        if args.lora_rank is None and getattr(args, name) is not None:
-            parser.error(f"`--{name}` needs `--lora_rank`; without it there is no LoRA and all weights are trained.")
-    if args.optimizer == "adamw_8bit" and importlib.util.find_spec("torchao") is None:
-        parser.error("`--optimizer adamw_8bit` needs torchao: run `pip install torchao`.")
-    if args.hub_strategy == "checkpoint" and not args.push_to_hub:
-        parser.error("`--hub_strategy checkpoint` needs `--push_to_hub`.")
-    if args.push_to_hub and not (args.hub_token or huggingface_hub.get_token()):
-        parser.error("`--push_to_hub` needs a token: run `hf auth login` or pass `--hub_token`.")
+    args, unknown = parser.parse_known_args(input_args)
+    if unknown:  # without their values, since one may be a token
+        names = " ".join(word.split("=")[0] for word in unknown if word.startswith("-")) or "a value without a flag"
+        parser.error(f"unknown arguments: {names}. See --help; tokens come from `hf auth login` or HF_TOKEN.")
+    check_flags(args, parser)
     if args.lora_rank is not None:
         args.lora_alpha, args.lora_dropout = args.lora_alpha or args.lora_rank, args.lora_dropout or 0.0
         args.lora_target_modules = sorted(args.lora_target_modules or LORA_TARGET_MODULES)
     return args
+
+
+def check_flags(args, parser):
+    """Refuses flags that contradict each other, or that mean nothing beside the others."""
+    (first, last), reuses, tracker = args.train_timestep, args.updates_per_rollout, args.report_to
+    positive, negative = ({w.strip().lower() for w in words} for words in (args.positive_words, args.negative_words))
+    trackers = ["all", "none", *map(str, get_available_trackers())]
+    grid = f"two growing steps of the {args.num_inference_steps} `--num_inference_steps`"
+    multiple = "must be a multiple of `--updates_per_rollout`: rollouts are not saved"
+    for wrong, names, why in (
+        (not first < last <= args.num_inference_steps, "train_timestep", f"must be {grid}"),
+        (args.checkpointing_steps % reuses, "checkpointing_steps", multiple),
+        (args.max_train_steps % reuses, "max_train_steps", multiple),
+        (positive & negative, "positive_words", "and `--negative_words` share a word, so it cancels itself"),
+        (args.lr_warmup_steps > args.max_train_steps, "lr_warmup_steps", "must be at most `--max_train_steps`"),
+        (
+            Path(args.logging_dir).name != args.logging_dir,
+            "logging_dir",
+            "must be a name in `--output_dir`, not a path",
+        ),
+        (tracker not in trackers, "report_to", f"{tracker}: run `pip install {tracker}` first"),
+        (args.push_to_hub and not huggingface_hub.get_token(), "push_to_hub", "needs `hf auth login` or HF_TOKEN"),
+    ):
+        if wrong:
+            given = getattr(args, names)
+            given = " ".join(map(str, given)) if isinstance(given, list | tuple) else given
+            parser.error(f"`--{names} {given}` {why}.")
+    eight_bit = args.optimizer == "adamw_8bit" and importlib.util.find_spec("torchao") is None
+    for pointless, names, why in (
+        (args.lora_rank is None, "lora_alpha lora_dropout lora_target_modules base_weights", "needs `--lora_rank`"),
+        (eight_bit, "optimizer", "adamw_8bit needs torchao: run `pip install torchao`"),
+        (reuses == 1, "renew_noise", "needs `--updates_per_rollout` above 1"),
+        (args.reward_model == "HPS", "reward_processor_path", "is not for HPS, which has no processor"),
+        (args.loss == "linear", "reward_margin", "is not for `--loss linear`, which has no margin"),
+        (args.branches == "denoise", "discount_inv", "is not for `--branches denoise`"),
+        (args.branches == "inversion", "discount_pos", "is not for `--branches inversion`"),
+        (args.lr_scheduler == "constant", "lr_warmup_steps", "needs a `--lr_scheduler` that warms up"),
+        (args.resume_from_checkpoint is not None, "overwrite_output_dir", "would delete what to resume from"),
+        (args.resume_from_checkpoint is None, "allow_changes", "needs `--resume_from_checkpoint`"),
+        (not args.push_to_hub, "hub_strategy hub_private_repo", "needs `--push_to_hub`"),
+    ):
+        for name in names.split():
+            if pointless and getattr(args, name) != parser.get_default(name):
+                parser.error(f"`--{name}` {why}.")
 
 
 def settings_of(kind, flags):
@@ -1270,12 +1577,16 @@ def weight_files(source, subfolder, stem, layer=None):
 
 
 def weights_fingerprint(source, subfolder, stem, layer):
-    """Identifies a model by the weights of one layer, wherever they lie: the first 16 hex digits of the SHA-256 of the
-    little-endian bytes of `layer` in bfloat16. Only that tensor is read. See [`weight_files`]."""
+    """Identifies a model by the weights of one `layer`, wherever they lie. Only that tensor is read. See
+    [`weight_files`] and [`fingerprint`]."""
     (file,) = weight_files(source, subfolder, stem, layer)
     with safe_open(file, framework="pt") as weights:
-        weight = weights.get_tensor(layer)
-    return hashlib.sha256(weight.to(torch.bfloat16).view(torch.int16).numpy().tobytes()).hexdigest()[:16]
+        return fingerprint(weights.get_tensor(layer))
+
+
+def fingerprint(tensor):
+    """The first 16 hex digits of the SHA-256 of the little-endian bytes of a tensor in bfloat16."""
+    return hashlib.sha256(tensor.to(torch.bfloat16).view(torch.int16).numpy().tobytes()).hexdigest()[:16]
 
 
 def read_shapes(files):
@@ -1301,12 +1612,22 @@ def check_weights(model, found):
             raise ValueError(f"the weights {what} {len(tensors)} tensors, such as `{min(tensors)}`")
 
 
+def require_finite(model, flag, path):
+    """Refuses a model that was just loaded if one of its weights is NaN or infinite. Returns it."""
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise ValueError(f"`--{flag} {path}`: the weights of `{name}` are NaN or infinite. Download them again.")
+    return model
+
+
 def check_model_files(model):
-    """Refuses weights of the expert and of the VAE that their configs do not fit. Only the heads of files are read."""
+    """Refuses weights of the expert and of the VAE that their configs do not fit. Only the heads of files are read.
+    Returns the [`fingerprint`] of a layer of the expert."""
     for subfolder, empty in ((model.expert, model.transformer), ("vae", model.vae)):
         path = f"`--pretrained_model_name_or_path {model.source['pretrained_model_name_or_path']}`"
         with input_error(f"{path} has no whole model in `{subfolder}`"):
             check_weights(empty, read_shapes(weight_files(model.source, subfolder, DIFFUSERS_STEM)))
+    return weights_fingerprint(model.source, model.expert, DIFFUSERS_STEM, TRANSFORMER_LAYER)
 
 
 def check_dataset(args, model):
@@ -1348,8 +1669,18 @@ def check_dataset(args, model):
     return dataset
 
 
+def hash_dataset(dataset):
+    """Identifies a dataset by its captions, in their order, and by the seeds of its boundary latents."""
+    names = "caption", "boundary_seeds"
+    content = {
+        split: [list(rows[name]) for name in names if name in rows.column_names] for split, rows in dataset.items()
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def check_reward(args):
-    """Fills in defaults of the reward's paths. Refuses a checkpoint that is missing or of another architecture."""
+    """Fills in defaults of the reward's paths. Refuses a checkpoint that is missing or of another architecture.
+    Returns the [`fingerprint`] of a layer."""
     if args.reward_model == "HPS":
         with input_error(f"Without `--reward_model_path`, {HPS_FILE} is needed from the Hub, which failed"):
             path = args.reward_model_path or huggingface_hub.hf_hub_download(HPS_REPOSITORY, HPS_FILE)
@@ -1358,38 +1689,72 @@ def check_reward(args):
             download = f"hf download {HPS_REPOSITORY} {HPS_FILE} --local-dir ."
             raise ValueError(f"`--reward_model_path {path}` is not a file. Download it with `{download}`.")
         with input_error(f"`--reward_model_path {path}` is not a checkpoint with a `state_dict`"):
-            found = {name: tuple(tensor.shape) for name, tensor in HPSReward.read_weights(path).items()}
+            weights = HPSReward.read_weights(path)
+            shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
         with input_error(f"`--reward_model_path {path}` is not of the architecture {HPS_ARCHITECTURE}"):
-            check_weights(HPSReward.empty_model(), found)
-        return
+            check_weights(HPSReward.empty_model(), shapes)
+        return fingerprint(weights[REWARD_LAYER])
     if args.reward_model == "PickScore":
         args.reward_processor_path = args.reward_processor_path or PICKSCORE_PROCESSOR
         args.reward_model_path = args.reward_model_path or PICKSCORE_REPOSITORY
     if (path := args.reward_model_path) is None:
         raise ValueError("`--reward_model CLIP` needs `--reward_model_path`, the folder or Hub id of a CLIPModel.")
     args.reward_processor_path = processor = args.reward_processor_path or path
+    source = {"pretrained_model_name_or_path": path}
     with input_error(f"`--reward_model_path {path}` is not the folder or Hub id of a CLIPModel"):
         config = transformers.AutoConfig.from_pretrained(path)
         if config.model_type != "clip":
             raise ValueError(f"it is of type `{config.model_type}`, and {args.reward_model} needs type `clip`")
         with torch.device("meta"):
             model = transformers.CLIPModel(config)
-        check_weights(model, read_shapes(weight_files({"pretrained_model_name_or_path": path}, "", TRANSFORMERS_STEM)))
-    with input_error(f"`--reward_processor_path {processor}` is not the folder or Hub id of a processor"):
-        transformers.CLIPProcessor.from_pretrained(processor)
+        check_weights(model, read_shapes(weight_files(source, "", TRANSFORMERS_STEM)))
+        found = weights_fingerprint(source, "", TRANSFORMERS_STEM, f"{REWARD_LAYER}.weight")
+    with input_error(f"`--reward_processor_path {processor}` is not the folder or Hub id of a whole processor"):
+        # Without these files transformers makes a tokenizer of its own, which knows no words.
+        find = partial(transformers.utils.cached_file, processor, _raise_exceptions_for_missing_entries=False)
+        if not (find("tokenizer.json") or (find("vocab.json") and find("merges.txt"))):
+            raise ValueError("it has neither `tokenizer.json` nor `vocab.json` and `merges.txt`")
+        words = {*args.positive_words, *args.negative_words}
+        tokens = transformers.CLIPProcessor.from_pretrained(processor).tokenizer([*words]).input_ids
+        if len({*map(tuple, tokens)}) < len(words) or max(map(max, tokens)) >= config.text_config.vocab_size:
+            raise ValueError(
+                "its tokenizer has not the words of the model, or is the same for different control words"
+            )
+    return found
 
 
-def check_output_dir(output_dir, resume_from, overwrite):
-    """Refuses to write into the output of another run, and a checkpoint to resume from that is not there."""
-    output, named = Path(output_dir), resume_from not in (None, "latest")
-    if named and (resume_from.endswith(".unfinished") or not Path(resume_from, "trainer_state.json").is_file()):
-        advice = f"`output_dir` has {', '.join(map(str, list_checkpoints(output))) or 'none'}."
-        raise ValueError(f"`--resume_from_checkpoint {resume_from}` is not a complete checkpoint; {advice}")
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"`--output_dir {output}` is a file.")
-    if output.is_dir() and any(output.iterdir()) and not (resume_from or overwrite):
+def check_output_dir(args):
+    """Refuses to write into a folder that is in use for something else, or that holds an input of the run; and a
+    checkpoint to resume from that is not there."""
+    output, resume_from = Path(args.output_dir), args.resume_from_checkpoint
+    with input_error(f"`--output_dir {output}` cannot be used"):
+        found = {path.name for path in output.iterdir()} if os.path.lexists(output) else set()
+    for flag, path in ((flag, Path(vars(args)[flag] or "").resolve()) for flag in PATH_FLAGS):
+        if path.exists() and vars(args)[flag] and output.resolve() in (path, *path.parents):
+            raise ValueError(f"`--{flag} {path}` lies in `--output_dir {output}`. Choose another folder to write to.")
+    saved = ", ".join(map(str, list_checkpoints(output)))
+    if resume_from not in (None, "latest") and not (
+        Path(resume_from, STATE_FILE).is_file() and resume_from[-1:] != "d"
+    ):
+        problem = f"`--resume_from_checkpoint {resume_from}` is not a complete checkpoint"
+        raise ValueError(f"{problem}; `output_dir` has {saved or 'none'}.")
+    if found and MARKER not in found:
+        raise ValueError(f"`--output_dir {output}` is not empty, and not the folder of a run. Choose another.")
+    if resume_from == "latest" and not saved and found & {*EXPERTS, LORA_FILE}:
+        raise ValueError(f"`--output_dir {output}` has results, but no checkpoint to resume from. Choose another.")
+    if found - {MARKER} and not (resume_from or args.overwrite_output_dir):
         advice = "continue its run with `--resume_from_checkpoint latest`, or delete it with `--overwrite_output_dir`"
         raise ValueError(f"`--output_dir {output}` is not empty. Choose another, {advice}.")
+
+
+def check_compile_locks():
+    """Refuses the lock that a killed build of DeepSpeed's operators left: the next would wait for ever. A builder that
+    lives holds the file open."""
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or torch.utils.cpp_extension.get_default_build_root()
+    held = {os.path.realpath(link) for link in Path("/proc").glob("[0-9]*/fd/*")}
+    for lock in Path(root).glob("**/lock"):
+        if str(lock.resolve()) not in held:
+            raise ValueError(f"`{lock}` was left by a build that was killed; the next waits for it. Run `rm {lock}`.")
 
 
 def check_deepspeed(args, config, num_processes):
@@ -1420,9 +1785,18 @@ def check_deepspeed(args, config, num_processes):
 def make_accelerator(args):
     """The [`Accelerator`] of the run, with DeepSpeed's settings filled in from the flags. Sets up libraries, too."""
     diffusers.utils.check_min_version("0.40.0")
+    console = logging.StreamHandler(DummyTqdmFile(sys.stderr))  # above the bars
+    logging.basicConfig(format=LOG_FORMAT, datefmt="%m/%d/%Y %H:%M:%S", handlers=[console])
+    console.setLevel(logging.INFO)
+    logger.setLevel(logging.DEBUG)
     transformers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.set_verbosity_error()
     set_seed(args.seed)
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cuda.enable_mem_efficient_sdp(False)  # attention whose gradient is not
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     on_cpu, uses_deepspeed = not torch.accelerator.is_available(), os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
@@ -1440,6 +1814,7 @@ def make_accelerator(args):
     if accelerator.deepspeed_plugin:
         config = accelerator.deepspeed_plugin.deepspeed_config
         check_deepspeed(args, config, accelerator.num_processes)
+        check_compile_locks()
         # "auto" in the JSON would become 1.0, whatever `--max_grad_norm` says, and DeepSpeed does the clipping.
         config["gradient_clipping"] = args.max_grad_norm
         config["train_micro_batch_size_per_gpu"] = args.train_batch_size
@@ -1448,58 +1823,61 @@ def make_accelerator(args):
     return accelerator
 
 
-def make_run(accelerator, args, model, dtype):
-    """The [`Run`] of the flags."""
-    engine, batch = "without DeepSpeed", ("train_batch_size", "gradient_accumulation_steps", "updates_per_rollout")
+def make_run(accelerator, args, model, dtype, fingerprints):
+    """The [`Run`] of the flags, whose identity has the `fingerprints`, {name: hash}, of data and models, too."""
+    engine, masters, bytes_per_weight = "without DeepSpeed", "bf16_master_weights_and_grads", 12
     if accelerator.deepspeed_plugin:
         config = accelerator.deepspeed_plugin.deepspeed_config
-        zero, masters = config["zero_optimization"], "bf16_master_weights_and_grads"
+        zero, has_masters = config["zero_optimization"], config.get("bf16", {}).get(masters, False)
         options = [name for name in ("offload_param", "offload_optimizer") if name in zero]
-        options += [masters] if config.get("bf16", {}).get(masters) else []
-        engine = ", ".join([f"ZeRO-{zero['stage']}", *options])
-    fingerprint = weights_fingerprint(model.source, model.expert, DIFFUSERS_STEM, TRANSFORMER_LAYER)
+        engine = ", ".join([f"ZeRO-{zero['stage']}", *options, *([masters] if has_masters else [])])
+        bytes_per_weight = 8 if has_masters else 14
+    if args.optimizer == "adamw_8bit":
+        bytes_per_weight = 4.1
+    with torch.device("meta"):
+        parts = set_up_transformer(copy.deepcopy(model.transformer), args).parameters()
+    size = bytes_per_weight * sum(part.numel() for part in parts if part.requires_grad)
     identity = {"engine": engine, "mixed_precision": accelerator.mixed_precision}
-    identity |= {"num_processes": accelerator.num_processes, "base model, by a hash of its weights": fingerprint}
-    identity |= {name: getattr(args, name) for name in ("transformer_subfolder", "optimizer", *batch)}
-    identity["LoRA rank, alpha and modules"] = [args.lora_rank, args.lora_alpha, args.lora_target_modules]
-    identity["learning rate and schedule"] = [args.learning_rate, args.lr_scheduler, args.lr_warmup_steps]
-    adam = [args.adam_beta1, args.adam_beta2, args.adam_epsilon, args.adam_weight_decay]
-    identity["betas, epsilon and decay"] = adam
+    identity |= {"num_processes": accelerator.num_processes, **fingerprints}
+    identity |= {name: value for name, value in vars(args).items() if name not in (*FREE_FLAGS, *PATH_FLAGS)}
+    if args.lr_scheduler not in ("constant", "constant_with_warmup"):
+        identity["max_train_steps"] = args.max_train_steps
     repo_id, two_experts = args.hub_model_id or Path(args.output_dir).resolve().name, model.boundary_ratio is not None
-    return Run(Path(args.output_dir), vars(args), model.expert, two_experts, dtype, identity, repo_id)
+    where = Path(args.output_dir), vars(args), model.expert, two_experts
+    return Run(*where, dtype, identity, size, repo_id)
 
 
-def prepare_output(accelerator, run):
-    """Makes output folder and repository, and starts logging, details to `train.log` only. Returns the new [`Run`]."""
-    logging.basicConfig(format=LOG_FORMAT, datefmt="%m/%d/%Y %H:%M:%S")
-    for handler in logging.getLogger().handlers:
-        handler.setLevel(logging.INFO)
-    logger.setLevel(logging.DEBUG)
-    if accelerator.is_main_process:
-        flags, output = run.flags, run.output_dir
-        if flags["push_to_hub"]:
-            options = {"private": flags["hub_private_repo"], "token": flags["hub_token"], "exist_ok": True}
-            with input_error(f"`--push_to_hub` cannot create `{run.repo_id}`; see `--hub_model_id` and `--hub_token`"):
-                repo = with_retries(lambda: huggingface_hub.create_repo(run.repo_id, **options))
-            run = run._replace(repo_id=repo.repo_id)
-        if flags["overwrite_output_dir"] and not flags["resume_from_checkpoint"]:
-            events = Path(flags["logging_dir"], TRACKER_NAME)
-            for folder in [run.expert, "images", events, *output.glob("checkpoint-*")]:
-                shutil.rmtree(output / folder, ignore_errors=True)
-            for name in ("README.md", "train.log", "reward.png", "before_after.png", LORA_FILE):
-                (output / name).unlink(missing_ok=True)
-        output.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(output / "train.log")
-        handler.setFormatter(logging.Formatter(LOG_FORMAT))
-        logging.getLogger().addHandler(handler)
-    accelerator.wait_for_everyone()
-    return run
+def create_repository(run):
+    """Makes the repository on the Hub, if results are to be pushed. Returns the [`Run`] with its full name."""
+    if not run.flags["push_to_hub"]:
+        return run
+    options = {"private": run.flags["hub_private_repo"], "exist_ok": True}
+    with input_error(f"`--push_to_hub` cannot create `{run.repo_id}`; see `--hub_model_id`, and `hf auth whoami`"):
+        return run._replace(repo_id=with_retries(lambda: huggingface_hub.create_repo(run.repo_id, **options)).repo_id)
 
 
-def handle_stop_signals(handler, _worker=None):
-    """Sets what this process, the run or one that loads data for it, does when it gets SIGTERM or SIGINT."""
+def catch_signals(handler, _worker=None):
+    """Sets what this process, the run or one that loads data for it, does when it gets SIGTERM or Ctrl-C."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, handler)
+
+
+def remember_signal(received, speaks, number, _frame):
+    """What a signal does. Before the first update, when `received` is empty, it ends the run; later the update at hand
+    is finished and saved first, except that a second Ctrl-C ends the run at once, as if it were killed."""
+    again = number == signal.SIGINT in received
+    what = "the update at hand will be finished and saved. Ctrl-C again ends the run at once."
+    if again or not received:
+        what = "the run has ended at once, and its checkpoints are whole."
+    if speaks:
+        os.write(
+            sys.stderr.fileno(), f"\n{signal.Signals(number).name}: {what}\n".encode()
+        )  # a handler must not print
+    if again:
+        os._exit(128 + number)
+    if not received:
+        raise SystemExit(128 + number)
+    received.append(number)
 
 
 def set_up_transformer(transformer, args):
@@ -1522,13 +1900,14 @@ def set_up_transformer(transformer, args):
 def load_models(accelerator, args, model, dtypes, negative_prompt_embeds):
     """The [`Models`] of the flags; see [`choose_dtypes`] for `dtypes`."""
     device, (weight_dtype, transformer_dtype) = accelerator.device, dtypes
+    where = "pretrained_model_name_or_path", args.pretrained_model_name_or_path
     vae = diffusers.AutoencoderKLWan.from_pretrained(**model.source, subfolder="vae", dtype=weight_dtype)
-    flatten_vae(vae).requires_grad_(False).eval().to(device)
+    flatten_vae(require_finite(vae, *where)).requires_grad_(False).eval().to(device)
     options = {"device": device, "dtype": torch.bfloat16 if args.reward_dtype == "bf16" else torch.float32}
     kind = HPSReward if args.reward_model == "HPS" else partial(CLIPReward, processor_path=args.reward_processor_path)
-    reward = kind(args.reward_model_path, **options)
+    reward = require_finite(kind(args.reward_model_path, **options), "reward_model_path", args.reward_model_path)
     expert = {**model.source, "subfolder": model.expert, "dtype": transformer_dtype}
-    transformer = diffusers.WanTransformer3DModel.from_pretrained(**expert)
+    transformer = require_finite(diffusers.WanTransformer3DModel.from_pretrained(**expert), *where)
     torch.manual_seed(args.seed)  # all processes make the same LoRA
     keep_rotary_tables(set_up_transformer(transformer, args), device)
     scheduler = make_scheduler(args.rollout_scheduler, args.rollout_shift or model.flow_shift)
@@ -1565,6 +1944,27 @@ def make_validation(args, dataset, collate, model):
     return Validation(captions, collate(rows)["prompt_embeds"], solver, shape, *settings)
 
 
+def skip_update(accelerator, recipe, rollouts, run, state):
+    """Names captions and noise levels of an update that was left out because loss or gradient was not finite, in
+    `train.log` and in a file. Ends the program if there were too many."""
+    state.skipped, rows = state.skipped + 1, []
+    for rollout in rollouts:
+        branches = plan_update(recipe, state.step - 1, rollout.samples).branches
+        levels = {each.name: [each.sigma_from.tolist(), each.sigma_to.tolist()] for each in branches}
+        rows.append(json.dumps({"step": state.step, "captions": rollout.captions, **levels}))
+    rows = gather_object(rows)
+    if accelerator.is_main_process:
+        with (run.output_dir / SKIPPED_FILE).open("a") as file:
+            file.writelines(f"{row}\n" for row in rows)
+    problem = f"update {state.step} was skipped, because its loss or gradient is NaN or infinite"
+    logger.warning(f"{problem}. Its captions and noise levels are in {SKIPPED_FILE} and train.log.")
+    logger.debug("\n".join(rows))
+    if state.skipped >= run.flags["max_skipped_updates"]:
+        last = (list_checkpoints(run.output_dir) or ["the base model"])[-1]
+        problem += f". It is number {state.skipped} (`--max_skipped_updates`). See {run.output_dir / SKIPPED_FILE}"
+        raise SystemExit(f"error: {problem}. The last good state is {last}.")
+
+
 def gather_means(accelerator, metrics, received):
     """The means of {name: tensor of shape ()} over all processes, as floats, and the signal that one of them has
     `received`, or 0. Apart from what UniPC and DeepSpeed do, this is where an update waits for the GPU."""
@@ -1574,79 +1974,99 @@ def gather_means(accelerator, metrics, received):
     return dict(zip(metrics, means, strict=True)), int(received)
 
 
+def log_update(accelerator, logs, state):
+    """Writes the figures of an update into the history of the run, trackers and `train.log`."""
+    state.history.append({"step": state.step, **logs})
+    accelerator.log(logs, step=state.step)
+    logger.debug(f"step {state.step}: " + ", ".join(f"{name} {value:.5g}" for name, value in logs.items()))
+
+
+def log_summary(run, state):
+    """Says what came of a run, and where it is."""
+    scores = [row["validation_relative"] for row in state.history if "validation_relative" in row]
+    change = f", relative reward {scores[0]:.4f} -> {scores[-1]:.4f}" if scores else ""
+    logger.info(f"Finished: {state.step} updates, {state.skipped} of them skipped{change}.")
+    logger.info(f"Results are in {run.output_dir}: see README.md, reward.png{', before_after.png' if scores else ''}.")
+
+
+def load_batches(sampler, rows, collate, device, num_workers):
+    """Yields, of each micro-batch of a process, the numbers of its samples and what `collate` makes of their rows."""
+    options = {"batch_sampler": sampler, "collate_fn": collate, "pin_memory": device.type == "cuda"}
+    options["worker_init_fn"] = partial(catch_signals, signal.SIG_IGN)
+    loader = torch.utils.data.DataLoader(rows, num_workers=num_workers, **options)
+    yield from zip(map(sampler.samples, sampler.numbers), loader, strict=True)
+
+
 def main(args):
-    # 1. Refuse what cannot succeed before any model is loaded.
-    with one_line_errors():
-        check_output_dir(args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir)
-        model = read_model_info(args)
-        check_flags_for_model(args, model)
-        dataset = check_dataset(args, model)
-        check_reward(args)
-        check_model_files(model)
-        accelerator = make_accelerator(args)
-        device, uses_deepspeed = accelerator.device, accelerator.deepspeed_plugin is not None
-        dtypes = choose_dtypes(accelerator.mixed_precision, args.optimizer, args.lora_rank, uses_deepspeed)
-        run = make_run(accelerator, args, model, dtypes[0])
-        checkpoint, state = find_checkpoint(run, args.resume_from_checkpoint, args.max_train_steps)
-        run = prepare_output(accelerator, run)
-    if args.resume_from_checkpoint and checkpoint is None:
-        logger.warning(f"`{args.output_dir}` holds no checkpoint yet: training starts at step 0.")
-    logger.info(accelerator.state, main_process_only=False)
-    # 2. Load models and data. Captions were encoded before, so the text encoder stays on disk.
-    collate = partial(collate_fn, max_sequence_length=args.max_sequence_length, dtype=dtypes[1])
-    negative = collate([dataset["negative"][0]])["prompt_embeds"].to(device)
-    models = load_models(accelerator, args, model, dtypes, negative)
-    recipe, validation = settings_of(Recipe, vars(args)), make_validation(args, dataset, collate, model)
-    partition_weights(accelerator, models.transformer, dtypes[0])
-    optimizer = make_optimizer(args, models.transformer.parameters())
-    transformer, optimizer = accelerator.prepare(models.transformer, optimizer)
-    base = load_base(accelerator, model, dtypes[0]) if args.drift_weight and args.lora_rank is None else None
-    models = models._replace(transformer=transformer, base=base)
-    # With offload, DeepSpeed's AdamW for the CPU replaces the optimizer; the schedule must set the rate of that one.
-    adam = optimizer.optimizer.optimizer if uses_deepspeed else optimizer.optimizer
-    recompute_bias_correction(adam)
-    schedule = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
-    lr_scheduler = diffusers.optimization.get_scheduler(args.lr_scheduler, adam, **schedule)
-    accelerator.register_for_checkpointing(lr_scheduler)
-    if args.lora_rank is not None:
-        accelerator.register_save_state_pre_hook(keep_lora_only)
-    flags = {name: str(value) for name, value in vars(args).items() if name != "hub_token"}
-    accelerator.init_trackers(TRACKER_NAME, config=flags)
+    signals, stopped_by = [], 0
+    catch_signals(partial(remember_signal, signals, int(os.environ.get("RANK", 0)) == 0))
+    with ExitStack() as held:
+        # 1. Refuse what cannot succeed before any model is loaded, and hold the output folder until the end.
+        with one_line_errors():
+            check_output_dir(args)
+            model = read_model_info(args)
+            check_flags_for_model(args, model)
+            dataset = check_dataset(args, model)
+            hashes = {"reward": check_reward(args), "base_model": check_model_files(model)}
+            accelerator = make_accelerator(args)
+            device, uses_deepspeed = accelerator.device, accelerator.deepspeed_plugin is not None
+            dtypes = choose_dtypes(accelerator.mixed_precision, args.optimizer, args.lora_rank, uses_deepspeed)
+            run = make_run(accelerator, args, model, dtypes[0], {**hashes, "dataset": hash_dataset(dataset)})
+            checkpoint, state = find_checkpoint(accelerator, run)
+            if accelerator.is_main_process:
+                held.enter_context(claim_output_dir(run))
+                run = create_repository(run)
+            accelerator.wait_for_everyone()
+            # 2. Load models and data. Captions were encoded before, so the text encoder stays on disk.
+            collate = partial(collate_fn, max_sequence_length=args.max_sequence_length, dtype=dtypes[1])
+            negative = collate([dataset["negative"][0]])["prompt_embeds"].to(device)
+            models = load_models(accelerator, args, model, dtypes, negative)
+        recipe, validation = settings_of(Recipe, vars(args)), make_validation(args, dataset, collate, model)
+        partition_weights(accelerator, models.transformer, dtypes[0])
+        optimizer = make_optimizer(args, models.transformer.parameters())
+        transformer, optimizer = accelerator.prepare(models.transformer, optimizer)
+        base = load_base(accelerator, model, dtypes[0]) if args.drift_weight and args.lora_rank is None else None
+        models = models._replace(transformer=transformer, base=base)
+        # With offload, DeepSpeed's AdamW for the CPU replaces the optimizer; the schedule sets the rate of that one.
+        adam = optimizer.optimizer.optimizer if uses_deepspeed else optimizer.optimizer
+        recompute_bias_correction(adam)
+        if args.lora_rank is not None:
+            accelerator.register_save_state_pre_hook(keep_lora_only)
+        if accelerator.is_main_process:
+            begin_output(run)
+        accelerator.wait_for_everyone()
+        accelerator.init_trackers(TRACKER_NAME, config={name: str(value) for name, value in vars(args).items()})
 
-    # 3. Paint what the base model paints, and go on where a checkpoint stands.
-    if checkpoint is not None:
-        if validation is not None and not (validation.folder / "step-0" / "scores.json").is_file():
-            validate(accelerator, models, recipe, validation, RunState())
-        lenient = "load_module_strict" if uses_deepspeed else "strict"  # frozen weights under a LoRA are there already
-        accelerator.load_state(str(checkpoint), **({} if args.lora_rank is None else {lenient: False}))
-        logger.info(f"Resumed from {checkpoint} at step {state.step}")
-    validate(accelerator, models, recipe, validation, state)
-    # 4. What an update is made of.
-    shape = model.latent_shape(args.height, args.width)
-    accumulation, reuses = args.gradient_accumulation_steps, args.updates_per_rollout
-    numbers = range(state.step // reuses * accumulation, -(-args.max_train_steps // reuses) * accumulation)
-    share = args.train_batch_size, accelerator.process_index, accelerator.num_processes
-    sampler = SampleSampler(len(dataset["train"]), args.seed, numbers, *share)
-    columns = ["caption", "prompt_embeds", *(BOUNDARY_COLUMNS if args.rollout_start == "boundary" else ())]
-    rows = dataset["train"].select_columns(columns).with_format("numpy")
-    options = {"num_workers": args.dataloader_num_workers, "pin_memory": device.type == "cuda"}
-    options |= {"batch_sampler": sampler, "collate_fn": collate}
-    options["worker_init_fn"] = partial(handle_stop_signals, signal.SIG_IGN)
-    dataloader = torch.utils.data.DataLoader(rows, **options)
-    batches = zip(map(sampler.samples, sampler.numbers), dataloader, strict=True)
-    samples_per_update = args.train_batch_size * accelerator.num_processes * accumulation
-    logger.info("***** Running training *****")
-    logger.info(f"  Num captions = {len(rows)}")
-    logger.info(f"  Total train batch size (w. parallel, distributed & accumulation) = {samples_per_update}")
-    logger.info(f"  Total optimization steps = {args.max_train_steps}")
-    logger.info(f"  Trained noise levels = {recipe.train_sigmas[0]:.3f} to {recipe.train_sigmas[-1]:.3f}")
-    bar = {"desc": "Steps", "disable": not accelerator.is_local_main_process}  # one on each machine
-    progress_bar = tqdm(total=args.max_train_steps, initial=state.step, **bar)
-    # A signal is remembered, so that the update at hand is finished and saved before the run ends.
-    signals, stopped_by = [0], 0
-    handle_stop_signals(lambda number, _frame: signals.append(number))
+        # 3. Paint what the base model paints, and go on where a checkpoint stands.
+        if checkpoint is not None:
+            if validation is not None and not (validation.folder / "step-0" / "scores.json").is_file():
+                validate(accelerator, models, recipe, validation, RunState())
+            load_checkpoint(accelerator, adam, checkpoint, is_lora=args.lora_rank is not None)
+            logger.info(f"Resumed from {checkpoint} at step {state.step}")
+        schedule = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
+        schedule["last_epoch"] = state.step - 1  # the rate is a function of the step, so no checkpoint holds it
+        lr_scheduler = diffusers.optimization.get_scheduler(args.lr_scheduler, adam, **schedule)
+        validate(accelerator, models, recipe, validation, state)
+        # 4. What an update is made of.
+        shape = model.latent_shape(args.height, args.width)
+        accumulation, reuses = args.gradient_accumulation_steps, args.updates_per_rollout
+        numbers = range(state.step // reuses * accumulation, args.max_train_steps // reuses * accumulation)
+        share = args.train_batch_size, accelerator.process_index, accelerator.num_processes
+        sampler = SampleSampler(len(dataset["train"]), args.seed, numbers, *share)
+        columns = ["caption", "prompt_embeds", *(BOUNDARY_COLUMNS if args.rollout_start == "boundary" else ())]
+        rows = dataset["train"].select_columns(columns).with_format("numpy")
+        batches = load_batches(sampler, rows, collate, device, args.dataloader_num_workers)
+        held.callback(batches.close)  # ends the processes that load data, which ignore all signals
+        samples_per_update = args.train_batch_size * accelerator.num_processes * accumulation
+        logger.info("***** Running training *****")
+        logger.info(f"  Num captions = {len(rows)}")
+        logger.info(f"  Total train batch size (w. parallel, distributed & accumulation) = {samples_per_update}")
+        logger.info(f"  Total optimization steps = {args.max_train_steps}")
+        logger.info(f"  Trained noise levels = {recipe.train_sigmas[0]:.3f} to {recipe.train_sigmas[-1]:.3f}")
+        progress_bar = tqdm(total=args.max_train_steps, initial=state.step, desc="Steps")
+        # A signal is remembered, so that the update at hand is finished and saved before the run ends.
+        signals.append(0)
 
-    try:
         for step in range(state.step, args.max_train_steps):
             started = time.perf_counter()
             group, reuse = divmod(step, reuses)
@@ -1661,39 +2081,39 @@ def main(args):
             metrics = update(accelerator, models, optimizer, rollouts, recipe, step)
             # 7. Log.
             logs, received = gather_means(accelerator, metrics, signals[-1])
-            if not np.isfinite(list(logs.values())).all():
-                raise SystemExit(f"error: not finite at step {step + 1}: {logs}")
             seconds, host = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else host
             logs |= {"lr": float(lr_scheduler.get_last_lr()[0]), "seconds": seconds}
             logs |= {"images_per_second": samples_per_update / seconds, "peak_memory_gb": peak / 1e9}
             lr_scheduler.step()
             state.step += 1
-            state.history.append({"step": state.step, **logs})
-            accelerator.log(logs, step=state.step)
+            if np.isfinite(list(logs.values())).all():
+                log_update(accelerator, logs, state)
+                progress_bar.set_postfix(loss=f"{logs['loss']:.4f}", reward=f"{logs['reward_positive']:.4f}")
+            else:
+                skip_update(accelerator, recipe, rollouts, run, state)
             progress_bar.update(1)
-            progress_bar.set_postfix(loss=f"{logs['loss']:.4f}", reward=f"{logs['reward_positive']:.4f}")
-            logger.debug(f"step {state.step}: " + ", ".join(f"{name} {value:.5g}" for name, value in logs.items()))
             # 8. Images and checkpoints. A rollout is not saved, so it is used up before the run stops.
             stopped_by = received if reuse == reuses - 1 else 0
             if not stopped_by:
                 validate(accelerator, models, recipe, validation, state)
-            if state.step % args.checkpointing_steps == 0 or stopped_by:
+            if state.step % args.checkpointing_steps == 0 or stopped_by or state.step == args.max_train_steps:
                 save_checkpoint(accelerator, transformer, run, state)
-                if args.hub_strategy == "checkpoint" and not stopped_by and state.step < args.max_train_steps:
+                if args.hub_strategy != "end" and not stopped_by and state.step < args.max_train_steps:
                     save_results(accelerator, transformer, run, state)
             if stopped_by:
                 break
-    finally:
-        del batches  # ends the processes that load data, which ignore all signals
-    progress_bar.close()
-    if not stopped_by:
-        save_results(accelerator, transformer, run, state)
-    accelerator.end_training()
+        progress_bar.close()
+        if not stopped_by:
+            save_results(accelerator, transformer, run, state)
+        accelerator.end_training()  # the other processes may go; uploads take as long as they take
+        for upload in state.uploads:
+            upload.result()
     if stopped_by:
         what = f"Stopped by {signal.Signals(stopped_by).name} after {state.step} updates, which are saved."
         logger.warning(f"{what} Continue with the same command and `--resume_from_checkpoint latest`.")
         raise SystemExit(128 + stopped_by)
+    log_summary(run, state)
 
 
 if __name__ == "__main__":
