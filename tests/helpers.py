@@ -306,15 +306,18 @@ def file_hashes(folder):
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def use_card(output_dir, folder, monkeypatch):
-    """Runs the code of the card in `folder`, on the CPU, and returns its variables."""
+def use_card(output_dir, base, folder, monkeypatch):
+    """Runs the code of the card of a run, on the CPU and in `folder`, with the paths of the base model and of the
+    output folder in place of their names; returns its variables."""
     from huggingface_hub import ModelCard
 
     code = re.search(r"```python\n(.*?)```", ModelCard.load(output_dir / "README.md").text, re.DOTALL).group(1)
     monkeypatch.chdir(folder)
     variables = {}
-    code = code.replace(f'"{output_dir.name}"', f'"{output_dir}"').replace('.to("cuda")', '.to("cpu")')
-    exec(compile(code, "README.md", "exec"), variables)
+    for name, path in (("base", base), ("trained", output_dir)):
+        assert code.count(line := f'{name} = "{path.name}"') == 1
+        code = code.replace(line, f'{name} = "{path}"')
+    exec(compile(code.replace('.to("cuda")', '.to("cpu")'), "README.md", "exec"), variables)
     return variables
 
 
