@@ -50,6 +50,7 @@ from typing import NamedTuple
 
 import huggingface_hub
 import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -1751,7 +1752,8 @@ def check_compile_locks():
     """Refuses the lock that a killed build of DeepSpeed's operators left: the next would wait for ever. A builder that
     lives holds the file open."""
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or torch.utils.cpp_extension.get_default_build_root()
-    held = {os.path.realpath(link) for link in Path("/proc").glob("[0-9]*/fd/*")}
+    processes = psutil.process_iter(["open_files"])
+    held = {file.path for process in processes for file in process.info["open_files"] or ()}
     for lock in Path(root).glob("**/lock"):
         if str(lock.resolve()) not in held:
             raise ValueError(f"`{lock}` was left by a build that was killed; the next waits for it. Run `rm {lock}`.")
@@ -1800,6 +1802,8 @@ def make_accelerator(args):
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     on_cpu, uses_deepspeed = not torch.accelerator.is_available(), os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    if uses_deepspeed:
+        check_compile_locks()
     # The others wait while one process downloads or writes a model. On CPUs DeepSpeed must not look for NCCL.
     group = {"timeout": timedelta(hours=2), **({"backend": "gloo"} if on_cpu and uses_deepspeed else {})}
     options = {"cpu": on_cpu and not uses_deepspeed, "kwargs_handlers": [InitProcessGroupKwargs(**group)]}
@@ -1814,7 +1818,6 @@ def make_accelerator(args):
     if accelerator.deepspeed_plugin:
         config = accelerator.deepspeed_plugin.deepspeed_config
         check_deepspeed(args, config, accelerator.num_processes)
-        check_compile_locks()
         # "auto" in the JSON would become 1.0, whatever `--max_grad_norm` says, and DeepSpeed does the clipping.
         config["gradient_clipping"] = args.max_grad_norm
         config["train_micro_batch_size_per_gpu"] = args.train_batch_size
