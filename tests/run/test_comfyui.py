@@ -1,6 +1,6 @@
 """
 `scripts/export_checkpoint.py --format comfyui`: one file with the names of the original Wan models, which diffusers'
-own converters turn back into what was trained; or a refusal in one line.
+own converters turn back into what was trained; or a refusal in one line. And the workflow in `docs/`.
 """
 
 import json
@@ -16,8 +16,10 @@ from helpers import LORA, ROOT, draw, file_hashes, load_lora, load_weights, make
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from diffusers import WanPipeline, WanTransformer3DModel
+from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+
+from embed_prompts import WAN_NEGATIVE_PROMPT
 
 
 A14B = ROOT / "tests/fixtures/wan2.2-t2v-a14b"
@@ -400,3 +402,89 @@ def test_whoever_may_read_the_folder_may_read_the_file(plain_run, tmp_path):
 def test_the_command_says_what_it_wrote(plain_run, tmp_path, capsys):
     file = export(plain_run, tmp_path)
     assert capsys.readouterr().out.splitlines()[-1] == f"Wrote {file}, the weights of a finished run."
+
+
+# ---- The workflow. --------------------------------------------------------------------------------------------------
+
+# What the nodes of ComfyUI take through links, in the order of their slots, and what they give.
+NODES = {
+    "UNETLoader": ({}, ["MODEL"]),
+    "LoraLoaderModelOnly": ({"model": "MODEL"}, ["MODEL"]),
+    "ModelSamplingSD3": ({"model": "MODEL"}, ["MODEL"]),
+    "CLIPLoader": ({}, ["CLIP"]),
+    "CLIPTextEncode": ({"clip": "CLIP"}, ["CONDITIONING"]),
+    "EmptyHunyuanLatentVideo": ({}, ["LATENT"]),
+    "KSampler": (
+        {"model": "MODEL", "positive": "CONDITIONING", "negative": "CONDITIONING", "latent_image": "LATENT"},
+        ["LATENT"],
+    ),
+    "VAELoader": ({}, ["VAE"]),
+    "VAEDecode": ({"samples": "LATENT", "vae": "VAE"}, ["IMAGE"]),
+    "SaveImage": ({"images": "IMAGE"}, []),
+}
+
+
+@pytest.fixture(scope="module")
+def workflow():
+    return json.loads((ROOT / "docs/comfyui_t2i.json").read_text())
+
+
+def values(workflow, kind):
+    """The values of the widgets of the only node of a kind."""
+    (node,) = (node for node in workflow["nodes"] if node["type"] == kind)
+    return node["widgets_values"]
+
+
+def test_the_nodes_of_the_workflow_have_the_slots_of_comfyui(workflow):
+    nodes = workflow["nodes"]
+    assert {node["type"] for node in nodes} == NODES.keys()
+    assert [node["id"] for node in nodes] == list(range(1, workflow["last_node_id"] + 1))
+    for node in nodes:
+        inputs, outputs = NODES[node["type"]]
+        assert {slot["name"]: slot["type"] for slot in node["inputs"]} == inputs
+        assert [slot["name"] for slot in node["inputs"]] == list(inputs)
+        assert [slot["type"] for slot in node["outputs"]] == outputs
+
+
+def test_each_link_of_the_workflow_joins_two_slots_of_its_type(workflow):
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    inputs, outputs = [], []
+    for number, source, output, target, entry, kind in workflow["links"]:
+        assert nodes[source]["outputs"][output]["type"] == nodes[target]["inputs"][entry]["type"] == kind
+        assert number in nodes[source]["outputs"][output]["links"]
+        assert nodes[target]["inputs"][entry]["link"] == number
+        inputs.append((target, entry))
+        outputs.append(number)
+    assert outputs == list(range(1, workflow["last_link_id"] + 1))
+    assert sorted(inputs) == [(number, slot) for number in nodes for slot in range(len(nodes[number]["inputs"]))]
+    linked = [number for node in nodes.values() for slot in node["outputs"] for number in slot["links"]]
+    assert sorted(linked) == outputs
+
+
+def test_the_workflow_paints_with_the_expert_the_lora_and_the_shift_in_a_row(workflow):
+    kinds = {node["id"]: node["type"] for node in workflow["nodes"]}
+    model = [(kinds[source], kinds[target]) for _, source, _, target, _, kind in workflow["links"] if kind == "MODEL"]
+    row = ["UNETLoader", "LoraLoaderModelOnly", "ModelSamplingSD3", "KSampler"]
+    assert model == list(zip(row, row[1:], strict=False))
+
+
+def test_the_workflow_names_the_files_that_are_exported(workflow, whole_file, lora_file):
+    assert values(workflow, "UNETLoader") == [whole_file.name, "default"]
+    assert values(workflow, "LoraLoaderModelOnly") == [lora_file.name, 1.0]
+    assert values(workflow, "CLIPLoader")[1:] == ["wan", "default"]
+    assert values(workflow, "VAELoader") == ["wan_2.1_vae.safetensors"]
+    bypassed = [node["type"] for node in workflow["nodes"] if node["mode"] == 4]
+    assert bypassed == ["LoraLoaderModelOnly"], "the file of the expert needs no LoRA"
+
+
+def test_the_workflow_paints_what_a_run_paints_by_default(workflow, make_args):
+    args, flow_shift = make_args(), UniPCMultistepScheduler.load_config(A14B, subfolder="scheduler")["flow_shift"]
+    settings = [args.num_inference_steps, args.validation_guidance_scale, "uni_pc", "simple", 1.0]
+    assert values(workflow, "KSampler")[2:] == settings == [40, 3.0, "uni_pc", "simple", 1.0]
+    assert values(workflow, "ModelSamplingSD3") == [flow_shift] == [3.0]
+    assert values(workflow, "EmptyHunyuanLatentVideo") == [args.validation_size, args.validation_size, 1, 1]
+    assert args.validation_size == 1024
+    texts = [node["widgets_values"] for node in workflow["nodes"] if node["type"] == "CLIPTextEncode"]
+    assert texts[1] == [WAN_NEGATIVE_PROMPT]
+    negative = [link[1] for link in workflow["links"] if link[3:5] == [9, 2]]
+    assert negative == [8]
