@@ -395,7 +395,8 @@ def test_an_unfinished_file_never_has_the_name_of_a_finished_one(plain_run, tmp_
 
 
 def test_whoever_may_read_the_folder_may_read_the_file(plain_run, tmp_path):
-    (tmp_path / "exported").mkdir(mode=0o755)
+    (tmp_path / "exported").mkdir()
+    (tmp_path / "exported").chmod(0o755)
     assert export(plain_run, tmp_path / "exported").stat().st_mode & 0o777 == 0o644
 
 
