@@ -31,6 +31,7 @@ import logging
 import math
 import operator
 import os
+import pkgutil
 import re
 import resource
 import shlex
@@ -50,7 +51,6 @@ from typing import NamedTuple
 
 import huggingface_hub
 import numpy as np
-import psutil
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -121,6 +121,9 @@ FREE_FLAGS = """revision variant cache_dir dataloader_num_workers max_train_step
     resume_from_checkpoint logging_dir report_to push_to_hub hub_model_id hub_private_repo hub_strategy""".split()
 PINNED = """engine mixed_precision num_processes base_model transformer_subfolder optimizer lora_rank lora_alpha
     lora_target_modules""".split()
+# What DeepSpeed's checkpoints hold beside tensors and plain values.
+DEEPSPEED_CLASSES = "runtime.fp16.loss_scaler:LossScaler runtime.zero.config:ZeroStageEnum".split()
+DEEPSPEED_CLASSES += ["utils.tensor_fragment:fragment_address"]
 # First words of the names of files of weights, and the layers by whose weights a model is identified.
 DIFFUSERS_STEM, TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
 TRANSFORMER_LAYER, TEXT_ENCODER_LAYER = "blocks.0.attn1.to_q.weight", "encoder.final_layer_norm.weight"
@@ -1110,13 +1113,12 @@ def find_checkpoint(accelerator, run):
 
 def load_checkpoint(accelerator, adam, folder, is_lora):
     """Loads what [`save_checkpoint`] saved; `adam` keeps the settings that it was made with. What DeepSpeed wrote are
-    pickles, which could run any code: here they may hold tensors, plain values and two classes, and nothing else."""
-    options, safe = {"strict": False}, nullcontext()  # the frozen weights under a LoRA are there already
-    if accelerator.deepspeed_plugin:
-        classes = [deepspeed.runtime.fp16.loss_scaler.LossScaler, deepspeed.runtime.zero.config.ZeroStageEnum]
-        options, safe = {"load_module_strict": False}, torch.serialization.safe_globals(classes)
-    with patch_environment(TORCH_FORCE_WEIGHTS_ONLY_LOAD=1), safe:
-        accelerator.load_state(str(folder), **(options if is_lora else {}))
+    pickles, which could run any code: here they may hold tensors, plain values and a few classes, and nothing else."""
+    strict = "load_module_strict" if accelerator.deepspeed_plugin else "strict"  # a LoRA's base is there already
+    classes = DEEPSPEED_CLASSES if accelerator.deepspeed_plugin else []
+    safe = torch.serialization.safe_globals([pkgutil.resolve_name(f"deepspeed.{name}") for name in classes])
+    with input_error(f"{folder} cannot be loaded"), patch_environment(TORCH_FORCE_WEIGHTS_ONLY_LOAD=1), safe:
+        accelerator.load_state(str(folder), **({strict: False} if is_lora else {}))
     for group in adam.param_groups:
         group |= {name: adam.defaults[name] for name in ("betas", "eps", "weight_decay")}
         group["initial_lr"] = float(adam.defaults["lr"])
@@ -1748,17 +1750,6 @@ def check_output_dir(args):
         raise ValueError(f"`--output_dir {output}` is not empty. Choose another, {advice}.")
 
 
-def check_compile_locks():
-    """Refuses the lock that a killed build of DeepSpeed's operators left: the next would wait for ever. A builder that
-    lives holds the file open."""
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or torch.utils.cpp_extension.get_default_build_root()
-    processes = psutil.process_iter(["open_files"])
-    held = {file.path for process in processes for file in process.info["open_files"] or ()}
-    for lock in Path(root).glob("**/lock"):
-        if str(lock.resolve()) not in held:
-            raise ValueError(f"`{lock}` was left by a build that was killed; the next waits for it. Run `rm {lock}`.")
-
-
 def check_deepspeed(args, config, num_processes):
     """Refuses a DeepSpeed file that contradicts the flags, and flags that DeepSpeed cannot follow."""
     needs = "needs a configuration without DeepSpeed, which"
@@ -1802,8 +1793,6 @@ def make_accelerator(args):
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     on_cpu, uses_deepspeed = not torch.accelerator.is_available(), os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-    if uses_deepspeed:
-        check_compile_locks()
     # The others wait while one process downloads or writes a model. On CPUs DeepSpeed must not look for NCCL.
     group = {"timeout": timedelta(hours=2), **({"backend": "gloo"} if on_cpu and uses_deepspeed else {})}
     options = {"cpu": on_cpu and not uses_deepspeed, "kwargs_handlers": [InitProcessGroupKwargs(**group)]}
