@@ -31,6 +31,7 @@ import logging
 import math
 import operator
 import os
+import pkgutil
 import re
 import resource
 import shlex
@@ -39,11 +40,12 @@ import signal
 import sys
 import textwrap
 import time
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -52,17 +54,10 @@ import huggingface_hub
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.logging import get_logger
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import (
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-    gather_object,
-    patch_environment,
-    set_seed,
-    tqdm,
-)
+from accelerate.utils import ProjectConfiguration, gather_object, patch_environment, set_seed, tqdm
 from PIL import Image
 from safetensors import safe_open
 from torch.utils.checkpoint import checkpoint
@@ -104,14 +99,9 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 # What lies in the folder of a run: a file that marks it, and is locked while the run goes on; in a checkpoint, what is
 # known of it and the checksums of its files; what else a run writes, beside checkpoints.
 MARKER, STATE_FILE, CHECKSUMS, SKIPPED_FILE = "run.json", "trainer_state.json", "SHA256SUMS", "skipped.jsonl"
-RUN_FILES = "README.md reward.png before_after.png train.log images/step-*/*.png images/step-*/scores.json".split()
-RUN_FILES += [
-    SKIPPED_FILE,
-    LORA_FILE,
-    f"*/{TRACKER_NAME}/**/events.out.tfevents.*",
-    f"*/{TRACKER_NAME}/**/hparams.yml",
-]
-RUN_FILES += ["transformer*/config.json", "transformer*/diffusion_pytorch_model*.safetensors*"]
+RUN_FILES = f"""README.md reward.png before_after.png train.log {SKIPPED_FILE} {LORA_FILE} images/step-*/*.png
+    images/step-*/scores.json */{TRACKER_NAME}/**/events.out.tfevents.* */{TRACKER_NAME}/**/hparams.yml
+    transformer*/config.json transformer*/diffusion_pytorch_model*.safetensors*""".split()
 EXPERTS = ("transformer", "transformer_2")
 # Flags of paths; all flags that do not change what a run computes; and what a checkpoint cannot be loaded without.
 PATH_FLAGS = ("pretrained_model_name_or_path", "dataset_name", "reward_model_path", "reward_processor_path")
@@ -120,6 +110,9 @@ FREE_FLAGS = """revision variant cache_dir dataloader_num_workers max_train_step
     resume_from_checkpoint logging_dir report_to push_to_hub hub_model_id hub_private_repo hub_strategy""".split()
 PINNED = """engine mixed_precision num_processes base_model transformer_subfolder optimizer lora_rank lora_alpha
     lora_target_modules""".split()
+# What DeepSpeed's checkpoints hold beside tensors and plain values.
+DEEPSPEED_CLASSES = """deepspeed.runtime.fp16.loss_scaler:LossScaler deepspeed.runtime.zero.config:ZeroStageEnum
+    deepspeed.utils.tensor_fragment:fragment_address""".split()
 # First words of the names of files of weights, and the layers by whose weights a model is identified.
 DIFFUSERS_STEM, TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
 TRANSFORMER_LAYER, TEXT_ENCODER_LAYER = "blocks.0.attn1.to_q.weight", "encoder.final_layer_norm.weight"
@@ -203,29 +196,16 @@ def make_generator(*key):
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
-@dataclass(frozen=True)
-class Recipe:
+# The method's settings, by the names of their flags.
+SETTINGS = """seed noise num_inference_steps shift train_timestep timestep_length groundtruth_ratio branches loss
+    discount_pos discount_inv positive_words negative_words reward_margin loss_weight_shift drift_weight
+    max_grad_norm"""
+
+
+class Recipe(namedtuple("Recipe", SETTINGS)):
     """The method's settings, each what the flag of its name says; see [`parse_args`]."""
 
-    seed: int
-    noise: str
-    num_inference_steps: int
-    shift: float
-    train_timestep: tuple[int, int]
-    timestep_length: int
-    groundtruth_ratio: float
-    branches: str
-    discount_pos: tuple[float, float]
-    discount_inv: tuple[float, float]
-    positive_words: tuple[str, ...]
-    negative_words: tuple[str, ...]
-    loss: str
-    reward_margin: float
-    loss_weight_shift: float | None
-    drift_weight: float
-    max_grad_norm: float
-
-    @cached_property
+    @property
     def train_sigmas(self):
         """The training grid; see [`make_train_sigmas`]."""
         return make_train_sigmas(self.num_inference_steps, self.shift, self.train_timestep, self.timestep_length)
@@ -260,9 +240,9 @@ def draw_positions(recipe, step, samples):
 def plan_update(recipe, step, samples):
     """The [`Plan`] of update number `step` for the samples with these numbers in the run: a pure function. Each sample
     has a noise level of its own, as each process has one in the published code. Control words change by step."""
-    length, ratio = recipe.timestep_length, recipe.groundtruth_ratio
+    length, ratio, grid = recipe.timestep_length, recipe.groundtruth_ratio, recipe.train_sigmas
     positions = draw_positions(recipe, step, samples)
-    levels = [branch_sigmas(recipe.train_sigmas, position, ratio) for position in positions]
+    levels = [branch_sigmas(grid, position, ratio) for position in positions]
     branches = []
     for index, (name, ends) in enumerate((("denoise", recipe.discount_pos), ("inversion", recipe.discount_inv))):
         if recipe.branches in ("both", name):
@@ -914,22 +894,20 @@ def written(path, size=1e6):
     path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     discard(new := path.with_name(f"{path.name}.unfinished"))
-    free = shutil.disk_usage(path.parent).free
-    full = (
-        f"error: the disk is full: `{path}` takes {size / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free. Make room and"
-    )
-    full += " repeat the command; what was saved before is whole."
+    free, limit = shutil.disk_usage(path.parent).free, f"`{path}` takes {size / 1e9:.3g} GB"
+    full = f"error: the disk is full: {limit}, and {free / 1e9:.3g} GB are free. What was saved before is whole."
     if free < size:
         raise SystemExit(full)
     try:
         yield new
         for file in filter(Path.is_file, (new, *new.rglob("*"))):
+            file.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
             with file.open("rb") as stream:
                 os.fsync(stream)
     except BaseException as error:
         is_full = shutil.disk_usage(path.parent).free < 2**20 or "No space left" in str(error)
         discard(new)
-        raise SystemExit(full) if is_full else error from None
+        raise SystemExit(full) if is_full else error from error
     if path.is_dir():
         discard(path)
     new.replace(path)
@@ -940,13 +918,13 @@ def claim_output_dir(run):
     """Makes the output folder and holds its lock, which the kernel releases however the process ends. Removes what a
     killed run left unfinished. `ValueError` if another process holds the lock, or there is no room for a checkpoint.
     If the run ends before [`begin_output`], the folder is as before."""
-    folder, marker = run.output_dir, run.output_dir / MARKER
+    folder, marker, flag = run.output_dir, run.output_dir / MARKER, f"`--output_dir {run.output_dir}`"
     made = [each for each in (folder, *folder.parents) if not each.exists()]
-    with input_error(f"`--output_dir {folder}` cannot be written; choose another"):
+    with input_error(f"{flag} cannot be written; choose another"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = marker.open("a")
     with lock:
-        with input_error(f"`--output_dir {folder}` is in use by another run; wait for its end, or choose another"):
+        with input_error(f"{flag} is in use by another run; wait for its end, or choose another"):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:
             for leftover in (*folder.glob("*.unfinished"), *folder.glob("images/*.unfinished")):
@@ -955,15 +933,12 @@ def claim_output_dir(run):
             room = sum(file.stat().st_size for path in old for file in (path, *path.rglob("*")))
             room, needed = (room + shutil.disk_usage(folder).free) / 1e9, run.checkpoint_size / 1e9
             if room < needed:
-                raise ValueError(
-                    f"`--output_dir {folder}`: a checkpoint takes {needed:.3g} GB, {room:.3g} GB are free."
-                )
+                raise ValueError(f"{flag}: a checkpoint takes {needed:.3g} GB, and {room:.3g} GB are free.")
             yield
         finally:
             if marker.stat().st_size == 0:
-                marker.unlink()
-                for each in made:
-                    each.rmdir()
+                for remove in (marker.unlink, *(each.rmdir for each in made)):
+                    remove()
 
 
 def begin_output(run):
@@ -1006,17 +981,16 @@ def list_checksums(accelerator, folder):
         with file.open("rb") as stream:
             return f"{huggingface_hub.utils.sha.sha_fileobj(stream).hex()}  {file.relative_to(folder)}"
 
-    files = sorted(path for path in Path(folder).rglob("*") if path.is_file() and path.name != CHECKSUMS)
+    files = sorted(file for file in Path(folder).rglob("*") if file.is_file() and file.name != CHECKSUMS)
     with ThreadPoolExecutor() as threads:
-        lines = list(threads.map(line, files[accelerator.process_index :: accelerator.num_processes]))
-    return sorted(gather_object(lines))
+        lines = threads.map(line, files[accelerator.process_index :: accelerator.num_processes])
+    return sorted(gather_object([*lines]))
 
 
 def is_whole(accelerator, folder):
     """Whether the files of a checkpoint are those that were saved. All processes must call it."""
-    file = Path(folder, CHECKSUMS)
-    listed = file.read_text(errors="replace").splitlines() if file.is_file() else None
-    return list_checksums(accelerator, folder) == listed
+    with suppress(OSError, UnicodeError):
+        return list_checksums(accelerator, folder) == Path(folder, CHECKSUMS).read_text().splitlines()
 
 
 def require_finite_weights(accelerator, transformer, run):
@@ -1071,51 +1045,54 @@ def read_state(folder):
     file = Path(folder, STATE_FILE)
     with input_error(f"`{file}` is damaged or of another version of this script; take another checkpoint"):
         content = json.loads(file.read_text())
-        types = {type(value) for row in content["history"] for value in (row["step"] / 1, *row.values())}
-        known = content["expert"] in EXPERTS and {"run", "config", "lora", "dtype"} <= content.keys()
-        if (
-            not known
-            or not types <= {int, float}
-            or {type(content[name]) for name in ("global_step", "skipped")} != {int}
-        ):
-            raise ValueError("it does not hold what this script writes")
+        whole = [content["global_step"], content["skipped"], *(row["step"] for row in content["history"])]
+        numbers = [value for row in content["history"] for value in row.values()]
+        if {*map(type, whole)} != {int} or not {*map(type, numbers)} <= {int, float}:
+            raise ValueError("its steps are not numbers")
+        if content["expert"] not in EXPERTS or not {"run", "config", "lora", "dtype"} <= content.keys():
+            raise ValueError("it does not say what was trained")
         return content
 
 
 def find_checkpoint(accelerator, run):
     """The checkpoint to resume from, or `None`, and its [`RunState`]. `ValueError` if the run cannot go on with it."""
-    saved, flags = list_checkpoints(run.output_dir), run.flags
-    folder = (saved or [None])[-1] if flags["resume_from_checkpoint"] == "latest" else flags["resume_from_checkpoint"]
+    saved, flags, folder = list_checkpoints(run.output_dir), run.flags, run.flags["resume_from_checkpoint"]
+    folder = (saved or [None])[-1] if folder == "latest" else folder
     if folder is None:
         return None, RunState()
     if not is_whole(accelerator, folder):
-        others = [each for each in reversed(saved) if not each.samefile(folder)]
-        whole = next((each for each in others if is_whole(accelerator, each)), None)
+        whole = next((each for each in saved[::-1] if is_whole(accelerator, each)), None)
         advice = f"The newest whole one: `--resume_from_checkpoint {whole}`" if whole else "No other is whole"
         raise ValueError(f"{folder} is damaged: its files are not those that `{CHECKSUMS}` in it lists. {advice}.")
     content, new = read_state(folder), json.loads(json.dumps(run.identity))
-    found = content["run"]
-    other = [name for name in new if found.get(name) != new[name]]
-    fixed = any(name in PINNED for name in other)
-    if fixed or (other and not flags["allow_changes"]):
-        changes = "; ".join(f"{name}: {found.get(name)}, which is now {new[name]}" for name in other)
-        advice = "Use the same, or start a new run" if fixed else "Use the same, or add `--allow_changes`"
-        raise ValueError(f"{folder} was made with another {changes}. {advice}.")
-    if content["global_step"] > flags["max_train_steps"] or content["global_step"] % flags["updates_per_rollout"]:
-        needs = f"`--max_train_steps {flags['max_train_steps']}`, or amid a rollout of `--updates_per_rollout`"
-        raise ValueError(f"{folder} is beyond {needs}.")
-    return folder, RunState(content["global_step"], content["skipped"], content["history"])
+    changes = {name: f"{name}: {content['run'].get(name)}, which is now {value}" for name, value in new.items()}
+    changes = {name: text for name, text in changes.items() if content["run"].get(name) != new[name]}
+    fixed = changes.keys() & set(PINNED)
+    if fixed or (changes and not flags["allow_changes"]):
+        advice = "start a new run" if fixed else "add `--allow_changes`"
+        raise ValueError(f"{folder} was made with another {'; '.join(changes.values())}. Use the same, or {advice}.")
+    step = content["global_step"]
+    if step > flags["max_train_steps"] or step % flags["updates_per_rollout"]:
+        steps = f"`--max_train_steps {flags['max_train_steps']}`, or no multiple of `--updates_per_rollout`"
+        raise ValueError(f"{folder} is beyond {steps}.")
+    return folder, RunState(step, content["skipped"], content["history"])
+
+
+@contextmanager
+def safe_loading(uses_deepspeed):
+    """DeepSpeed reads its checkpoints as pickles, which could run any code. Here what torch loads may hold tensors and
+    plain values, and some classes of DeepSpeed, and nothing else."""
+    classes = [pkgutil.resolve_name(name) for name in DEEPSPEED_CLASSES if uses_deepspeed]
+    with patch_environment(TORCH_FORCE_WEIGHTS_ONLY_LOAD=1), torch.serialization.safe_globals(classes):
+        yield
 
 
 def load_checkpoint(accelerator, adam, folder, is_lora):
-    """Loads what [`save_checkpoint`] saved; `adam` keeps the settings that it was made with. What DeepSpeed wrote are
-    pickles, which could run any code: here they may hold tensors, plain values and two classes, and nothing else."""
-    options, safe = {"strict": False}, nullcontext()  # the frozen weights under a LoRA are there already
-    if accelerator.deepspeed_plugin:
-        classes = [deepspeed.runtime.fp16.loss_scaler.LossScaler, deepspeed.runtime.zero.config.ZeroStageEnum]
-        options, safe = {"load_module_strict": False}, torch.serialization.safe_globals(classes)
-    with patch_environment(TORCH_FORCE_WEIGHTS_ONLY_LOAD=1), safe:
-        accelerator.load_state(str(folder), **(options if is_lora else {}))
+    """Loads what [`save_checkpoint`] saved; `adam` keeps the settings that it was made with."""
+    uses_deepspeed = accelerator.deepspeed_plugin is not None
+    strict = "load_module_strict" if uses_deepspeed else "strict"  # the frozen weights under a LoRA are there already
+    with input_error(f"{folder} cannot be loaded"), safe_loading(uses_deepspeed):
+        accelerator.load_state(str(folder), **({strict: False} if is_lora else {}))
     for group in adam.param_groups:
         group |= {name: adam.defaults[name] for name in ("betas", "eps", "weight_decay")}
         group["initial_lr"] = float(adam.defaults["lr"])
@@ -1183,31 +1160,29 @@ Method: SRPO, Shen et al. 2025, https://arxiv.org/abs/2509.06942.
 def save_model_card(run, history, images):
     """Writes the `README.md` of the output folder: what it is, how to use it, how it was made. `images` is the last
     folder of validation images, or `None`. Of paths on this machine, a card has the last part only."""
-
-    def public(value):
-        if isinstance(value, str) and (cached := re.search(r"--([^/]+)--([^/]+)/snapshots/[^/]+$", value)):
-            return "/".join(cached.groups())
-        return shlex.join(map(str, value)) if isinstance(value, list | tuple) else value
-
-    flags = {name: public(value) for name, value in run.flags.items()}
-    local = [name for name in PATH_FLAGS if flags[name] is not None and Path(flags[name]).exists()]
-    flags |= {name: Path(flags[name]).resolve().name for name in local}
-    base, rank, on_hub = flags[PATH_FLAGS[0]], run.flags["lora_rank"], PATH_FLAGS[0] not in local
+    flags, rank, base = dict(run.flags), run.flags["lora_rank"], run.flags["pretrained_model_name_or_path"]
+    on_hub = not Path(base).exists()
+    for name, value in flags.items():
+        if name in PATH_FLAGS and value and Path(value).exists():
+            flags[name] = Path(value).resolve().name
+        elif isinstance(value, list | tuple):
+            flags[name] = shlex.join(map(str, value))
+    base = flags["pretrained_model_name_or_path"]
+    validations = [row for row in history if "validation_relative" in row]
     data = {"license": "apache-2.0", "library_name": "diffusers", "pipeline_tag": "text-to-image"}
     data["tags"] = ["text-to-image", "diffusers", "wan", "srpo", *(["lora"] if rank else [])]
     if on_hub:
         data |= {"base_model": base, "base_model_relation": "adapter" if rank else "finetune"}
-    validations = [row for row in history if "validation_relative" in row]
-    if images is not None and validations:
-        painted, folder = json.loads((images / "scores.json").read_text()), images.relative_to(run.output_dir)
-        data["widget"] = [{"text": row["caption"], "output": {"url": f"{folder}/{row['image']}"}} for row in painted]
-        task = {"task_type": "text-to-image", "dataset_type": "prompts", "dataset_name": "validation prompts"}
-        data["model_name"], data["eval_results"] = run.repo_id.split("/")[-1], []
-        for when, row in (("before", validations[0]), ("after", validations[-1])):
-            for name in ("reward", "relative"):
-                metric = {"metric_type": name, "metric_name": f"{flags['reward_model']}, {name}, {when} training"}
-                value = round(row[f"validation_{name}"], 4)
-                data["eval_results"].append(huggingface_hub.EvalResult(**task, **metric, metric_value=value))
+    if images is not None:
+        rows, url = json.loads((images / "scores.json").read_text()), f"images/{images.name}"
+        data["widget"] = [{"text": row["caption"], "output": {"url": f"{url}/{row['image']}"}} for row in rows]
+        result = partial(huggingface_hub.EvalResult, "text-to-image", "prompts", "validation prompts")
+        data["model_name"], model = run.repo_id.split("/")[-1], flags["reward_model"]
+        data["eval_results"] = [
+            result(name, round(row[f"validation_{name}"], 4), metric_name=f"{model}, {name}, {when} training")
+            for when, row in (("before", validations[0]), ("after", validations[-1]))
+            for name in ("reward", "relative")
+        ]
     alone = "transformer=None, transformer_2=expert, boundary_ratio=1.0"
     card = huggingface_hub.ModelCard.from_template(
         huggingface_hub.ModelCardData(**data),
@@ -1262,18 +1237,18 @@ def start_upload(run, step):
     process waits for it. Returns a `Future`. If it fails, the folder is whole and a message says how to repeat it."""
     ignored, logs = ["checkpoint-*", "*.unfinished", MARKER], run.flags["logging_dir"]
     by_branch = run.flags["hub_strategy"] == "branch" and step < run.flags["max_train_steps"]
-    hub = {"repo_id": run.repo_id, **({"revision": f"step-{step}"} if by_branch else {})}
+    branch = f"step-{step}" if by_branch else None
     discard(frozen := run.output_dir / f"upload-{step}.unfinished")
 
     def copy(source, target):  # the run replaces files of weights by new ones, so a link keeps the old
         (os.link if source.endswith(".safetensors") else shutil.copy2)(source, target)
 
     def upload():
+        options = {"folder_path": frozen, "commit_message": f"After {step} updates", "revision": branch}
         try:
             if by_branch:
-                with_retries(lambda: huggingface_hub.create_branch(run.repo_id, branch=f"step-{step}", exist_ok=True))
-            options = {**hub, "folder_path": frozen, "commit_message": f"After {step} updates"}
-            with_retries(lambda: huggingface_hub.upload_folder(**options))
+                with_retries(lambda: huggingface_hub.create_branch(run.repo_id, branch=branch, exist_ok=True))
+            with_retries(lambda: huggingface_hub.upload_folder(repo_id=run.repo_id, **options))
         except Exception as error:  # whatever it was, the run goes on and its files are safe
             exclude = [word for pattern in (*ignored, f"{logs}/*") for word in ("--exclude", pattern)]
             command = shlex.join(["hf", "upload", run.repo_id, str(run.output_dir), ".", *exclude])
@@ -1428,33 +1403,35 @@ def parse_args(input_args=None):
 
 def check_flags(args, parser):
     """Refuses flags that contradict each other, or that mean nothing beside the others."""
-    (first, last), reuses, tracker = args.train_timestep, args.updates_per_rollout, args.report_to
+    (first, last), reuses, steps = args.train_timestep, args.updates_per_rollout, args.num_inference_steps
     positive, negative = ({w.strip().lower() for w in words} for words in (args.positive_words, args.negative_words))
     trackers = ["all", "none", *map(str, get_available_trackers())]
-    grid = f"two growing steps of the {args.num_inference_steps} `--num_inference_steps`"
+    has_torchao = importlib.util.find_spec("torchao") is not None
     multiple = "must be a multiple of `--updates_per_rollout`: rollouts are not saved"
-    for wrong, names, why in (
-        (not first < last <= args.num_inference_steps, "train_timestep", f"must be {grid}"),
+    for wrong, name, why in (
+        (
+            not first < last <= steps,
+            "train_timestep",
+            f"must be two growing steps of the {steps} `--num_inference_steps`",
+        ),
         (args.checkpointing_steps % reuses, "checkpointing_steps", multiple),
         (args.max_train_steps % reuses, "max_train_steps", multiple),
-        (positive & negative, "positive_words", "and `--negative_words` share a word, so it cancels itself"),
+        (positive & negative, "positive_words", "and `--negative_words` share a word, which cancels itself"),
         (args.lr_warmup_steps > args.max_train_steps, "lr_warmup_steps", "must be at most `--max_train_steps`"),
         (
             Path(args.logging_dir).name != args.logging_dir,
             "logging_dir",
             "must be a name in `--output_dir`, not a path",
         ),
-        (tracker not in trackers, "report_to", f"{tracker}: run `pip install {tracker}` first"),
+        (args.report_to not in trackers, "report_to", f"needs `pip install {args.report_to}`"),
+        (args.optimizer == "adamw_8bit" and not has_torchao, "optimizer", "needs torchao: run `pip install torchao`"),
         (args.push_to_hub and not huggingface_hub.get_token(), "push_to_hub", "needs `hf auth login` or HF_TOKEN"),
     ):
         if wrong:
-            given = getattr(args, names)
-            given = " ".join(map(str, given)) if isinstance(given, list | tuple) else given
-            parser.error(f"`--{names} {given}` {why}.")
-    eight_bit = args.optimizer == "adamw_8bit" and importlib.util.find_spec("torchao") is None
+            value = vars(args)[name]
+            parser.error(f"`--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}` {why}.")
     for pointless, names, why in (
         (args.lora_rank is None, "lora_alpha lora_dropout lora_target_modules base_weights", "needs `--lora_rank`"),
-        (eight_bit, "optimizer", "adamw_8bit needs torchao: run `pip install torchao`"),
         (reuses == 1, "renew_noise", "needs `--updates_per_rollout` above 1"),
         (args.reward_model == "HPS", "reward_processor_path", "is not for HPS, which has no processor"),
         (args.loss == "linear", "reward_margin", "is not for `--loss linear`, which has no margin"),
@@ -1466,13 +1443,13 @@ def check_flags(args, parser):
         (not args.push_to_hub, "hub_strategy hub_private_repo", "needs `--push_to_hub`"),
     ):
         for name in names.split():
-            if pointless and getattr(args, name) != parser.get_default(name):
+            if pointless and vars(args)[name] != parser.get_default(name):
                 parser.error(f"`--{name}` {why}.")
 
 
 def settings_of(kind, flags):
-    """A named tuple or dataclass whose fields are flags, from a dict of all flags."""
-    return kind(**{name: flags[name] for name in kind.__annotations__})
+    """A named tuple whose fields are flags, from a dict of all flags."""
+    return kind(**{name: flags[name] for name in kind._fields})
 
 
 @contextmanager
@@ -1669,15 +1646,6 @@ def check_dataset(args, model):
     return dataset
 
 
-def hash_dataset(dataset):
-    """Identifies a dataset by its captions, in their order, and by the seeds of its boundary latents."""
-    names = "caption", "boundary_seeds"
-    content = {
-        split: [list(rows[name]) for name in names if name in rows.column_names] for split, rows in dataset.items()
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def check_reward(args):
     """Fills in defaults of the reward's paths. Refuses a checkpoint that is missing or of another architecture.
     Returns the [`fingerprint`] of a layer."""
@@ -1747,16 +1715,6 @@ def check_output_dir(args):
         raise ValueError(f"`--output_dir {output}` is not empty. Choose another, {advice}.")
 
 
-def check_compile_locks():
-    """Refuses the lock that a killed build of DeepSpeed's operators left: the next would wait for ever. A builder that
-    lives holds the file open."""
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or torch.utils.cpp_extension.get_default_build_root()
-    held = {os.path.realpath(link) for link in Path("/proc").glob("[0-9]*/fd/*")}
-    for lock in Path(root).glob("**/lock"):
-        if str(lock.resolve()) not in held:
-            raise ValueError(f"`{lock}` was left by a build that was killed; the next waits for it. Run `rm {lock}`.")
-
-
 def check_deepspeed(args, config, num_processes):
     """Refuses a DeepSpeed file that contradicts the flags, and flags that DeepSpeed cannot follow."""
     needs = "needs a configuration without DeepSpeed, which"
@@ -1814,7 +1772,6 @@ def make_accelerator(args):
     if accelerator.deepspeed_plugin:
         config = accelerator.deepspeed_plugin.deepspeed_config
         check_deepspeed(args, config, accelerator.num_processes)
-        check_compile_locks()
         # "auto" in the JSON would become 1.0, whatever `--max_grad_norm` says, and DeepSpeed does the clipping.
         config["gradient_clipping"] = args.max_grad_norm
         config["train_micro_batch_size_per_gpu"] = args.train_batch_size
@@ -1823,8 +1780,8 @@ def make_accelerator(args):
     return accelerator
 
 
-def make_run(accelerator, args, model, dtype, fingerprints):
-    """The [`Run`] of the flags, whose identity has the `fingerprints`, {name: hash}, of data and models, too."""
+def make_run(accelerator, args, model, dtype, dataset, hashes):
+    """The [`Run`] of the flags. What decides its result is flags, data, and models by their `hashes`."""
     engine, masters, bytes_per_weight = "without DeepSpeed", "bf16_master_weights_and_grads", 12
     if accelerator.deepspeed_plugin:
         config = accelerator.deepspeed_plugin.deepspeed_config
@@ -1832,19 +1789,20 @@ def make_run(accelerator, args, model, dtype, fingerprints):
         options = [name for name in ("offload_param", "offload_optimizer") if name in zero]
         engine = ", ".join([f"ZeRO-{zero['stage']}", *options, *([masters] if has_masters else [])])
         bytes_per_weight = 8 if has_masters else 14
-    if args.optimizer == "adamw_8bit":
-        bytes_per_weight = 4.1
+    bytes_per_weight = 4.1 if args.optimizer == "adamw_8bit" else bytes_per_weight
     with torch.device("meta"):
         parts = set_up_transformer(copy.deepcopy(model.transformer), args).parameters()
     size = bytes_per_weight * sum(part.numel() for part in parts if part.requires_grad)
-    identity = {"engine": engine, "mixed_precision": accelerator.mixed_precision}
-    identity |= {"num_processes": accelerator.num_processes, **fingerprints}
+    texts = [list(rows["caption"]) for rows in dataset.values()]
+    texts += [list(rows["boundary_seeds"]) for rows in dataset.values() if "boundary_seeds" in rows.features]
+    identity = {"engine": engine, "mixed_precision": accelerator.mixed_precision, **hashes}
+    identity |= {"dataset": hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]}
+    identity |= {"num_processes": accelerator.num_processes}
     identity |= {name: value for name, value in vars(args).items() if name not in (*FREE_FLAGS, *PATH_FLAGS)}
-    if args.lr_scheduler not in ("constant", "constant_with_warmup"):
+    if not args.lr_scheduler.startswith("constant"):
         identity["max_train_steps"] = args.max_train_steps
     repo_id, two_experts = args.hub_model_id or Path(args.output_dir).resolve().name, model.boundary_ratio is not None
-    where = Path(args.output_dir), vars(args), model.expert, two_experts
-    return Run(*where, dtype, identity, size, repo_id)
+    return Run(Path(args.output_dir), vars(args), model.expert, two_experts, dtype, identity, size, repo_id)
 
 
 def create_repository(run):
@@ -2011,7 +1969,7 @@ def main(args):
             accelerator = make_accelerator(args)
             device, uses_deepspeed = accelerator.device, accelerator.deepspeed_plugin is not None
             dtypes = choose_dtypes(accelerator.mixed_precision, args.optimizer, args.lora_rank, uses_deepspeed)
-            run = make_run(accelerator, args, model, dtypes[0], {**hashes, "dataset": hash_dataset(dataset)})
+            run = make_run(accelerator, args, model, dtypes[0], dataset, hashes)
             checkpoint, state = find_checkpoint(accelerator, run)
             if accelerator.is_main_process:
                 held.enter_context(claim_output_dir(run))

@@ -3,9 +3,11 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""
 Turn a checkpoint of a run into what diffusers loads: `transformer_2/`, or a LoRA's `pytorch_lora_weights.safetensors`.
-Or merge the LoRA of a checkpoint or of a finished run into the base model that it was trained beside.
+Or merge the LoRA of a checkpoint or of a finished run into the base model that it was trained beside. Or write any of
+these, or a finished run, for ComfyUI: one file with the names of the original Wan models (docs/comfyui.md).
 
     python scripts/export_checkpoint.py outputs/srpo/checkpoint-20 --output_dir exported
+    python scripts/export_checkpoint.py outputs/srpo --format comfyui --output_dir exported
     python scripts/export_checkpoint.py outputs/lora --merge --output_dir merged \
         --pretrained_model_name_or_path Wan-AI/Wan2.2-T2V-A14B-Diffusers
 
@@ -16,26 +18,45 @@ size in float32. Merging takes the size of the expert in the precision of the ru
 
 import argparse
 import json
+import os
+import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_srpo_wan_t2i as trainer  # noqa: E402
 
 
+# Names in diffusers and in the original models of layers, or tensors of no layer: of a block, and outside the blocks.
+ATTENTION_NAMES = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o", "norm_q": "norm_q", "norm_k": "norm_k"}
+BLOCK_NAMES = {f"attn1.{name}": f"self_attn.{original}" for name, original in ATTENTION_NAMES.items()}
+BLOCK_NAMES |= {f"attn2.{name}": f"cross_attn.{original}" for name, original in ATTENTION_NAMES.items()}
+BLOCK_NAMES |= {"ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2", "norm2": "norm3", "scale_shift_table": "modulation"}
+OUTER_NAMES = {
+    "patch_embedding": "patch_embedding",
+    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+    "condition_embedder.time_proj": "time_projection.1",
+    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+    "proj_out": "head.head",
+    "scale_shift_table": "head.modulation",
+}
+
+
 class Trained(NamedTuple):
     """Weights and what is known of them."""
 
     weights: dict  # {name in the transformer: `torch.Tensor`}
-    dtype: torch.dtype  # to save them in
+    dtype: torch.dtype | None  # to save them in; `None`: as they are
     config: dict | None  # of the transformer; that of the base model for the LoRA of a finished run
     lora: dict | None  # its metadata
-    expert: str | None  # the subfolder; that of the base model for the LoRA of a finished run
+    expert: str | None  # the subfolder, if known
     base: str | None  # a hash of the base model's weights, if known
     what: str  # in words
 
@@ -43,8 +64,11 @@ class Trained(NamedTuple):
 def parse_args(input_args=None):
     parser = argparse.ArgumentParser(description="Turn a checkpoint of a run into what diffusers loads.")
     add = parser.add_argument
-    add("checkpoint", help="Folder checkpoint-N of a run; with --merge also the folder of a finished run.")
+    source = "Folder checkpoint-N of a run; with --merge or --format comfyui also the folder of a finished run."
+    add("checkpoint", help=source)
     add("--output_dir", required=True, help="Where to write the expert's folder or the LoRA file.")
+    formats = "What reads it: diffusers, or ComfyUI, whose single file has the names of the original Wan models."
+    add("--format", choices=["diffusers", "comfyui"], default="diffusers", help=formats)
     add("--merge", action="store_true", help="Write the base model's expert with the LoRA merged into it.")
     add("--pretrained_model_name_or_path", help="--merge: path to the pretrained model or its model identifier.")
     add("--revision", help="--merge: revision of pretrained model identifier from huggingface.co/models.")
@@ -97,7 +121,14 @@ def read_checkpoint(checkpoint):
     return Trained(weights, dtype, *(state[name] for name in names), what)
 
 
-def read_finished_run(folder):
+def read_card(folder):
+    """The expert, a subfolder, that the model card of a run says was trained; `None` if there is no such card."""
+    card, line = Path(folder, "README.md"), r"^\| `--transformer_subfolder` \| (transformer(?:_2)?) \|$"
+    found = re.search(line, card.read_text(), re.MULTILINE) if card.is_file() else None
+    return found and found.group(1)
+
+
+def read_finished_lora(folder):
     """The [`Trained`] of the LoRA that a run saved at its end."""
     with trainer.input_error(f"`{folder}` holds a LoRA that cannot be read"):
         options = {"weight_name": trainer.LORA_FILE, "use_safetensors": True, "return_lora_metadata": True}
@@ -106,22 +137,40 @@ def read_finished_run(folder):
         weights = {name.removeprefix("transformer."): weight for name, weight in layers.items()}
         weights = {name.replace(".weight", ".default.weight"): weight for name, weight in weights.items()}
         (dtype,) = {weight.dtype for weight in weights.values()}
+        trainer.peft.LoraConfig(**lora)
     checkpoints = trainer.list_checkpoints(folder)  # not there if the folder was downloaded
-    base = read_state(checkpoints[-1])["base"] if checkpoints else None
-    return Trained(weights, dtype, None, lora, None, base, "the weights of a finished run")
+    state = read_state(checkpoints[-1]) if checkpoints else {"expert": read_card(folder), "base": None}
+    return Trained(weights, dtype, None, lora, state["expert"], state["base"], "the weights of a finished run")
 
 
-def read_trained(source, merge):
-    """The [`Trained`] to export, or to `merge`, from the folder of a checkpoint or, for merging, of a finished run."""
-    problem = f"`--merge`: `{source}` holds no LoRA, but whole weights, which need no merging"
-    if merge and not Path(source, "trainer_state.json").exists():
-        if Path(source, trainer.LORA_FILE).exists():
-            return read_finished_run(source)
-        if any(Path(source, expert, "config.json").exists() for expert in ("transformer", "transformer_2")):
-            raise ValueError(f"{problem}: diffusers loads them as they are.")
+def read_finished_expert(folder, expert):
+    """The [`Trained`] of all weights of an expert that a run saved at its end. They stay on the disk until used."""
+    with trainer.input_error(f"`{folder}` holds no whole model in `{expert}`"):
+        config = trainer.diffusers.WanTransformer3DModel.load_config(folder, subfolder=expert)
+        files = trainer.weight_files({"pretrained_model_name_or_path": folder}, expert, trainer.DIFFUSERS_STEM)
+        weights = {name: weight for file in files for name, weight in load_file(file).items()}
+        check_names_and_shapes(weights, config, None)
+    return Trained(weights, None, config, None, expert, None, "the weights of a finished run")
+
+
+def read_trained(source, merge, output_format):
+    """The [`Trained`] to export, or to `merge`, from the folder of a checkpoint or, if that can be, a finished run."""
+    whole = f"`--merge`: `{source}` holds no LoRA, but whole weights, which need no merging"
+    if not Path(source, "trainer_state.json").exists():
+        lora = Path(source, trainer.LORA_FILE).exists()
+        experts = [name for name in ("transformer", "transformer_2") if Path(source, name, "config.json").exists()]
+        if merge and experts and not lora:
+            raise ValueError(f"{whole}: diffusers loads them as they are.")
+        if (lora or len(experts) == 1) and not merge and output_format == "diffusers":
+            problem = f"`{source}` is a finished run, which diffusers loads as it is"
+            raise ValueError(f"{problem}. Name one of its checkpoints, or see `--merge` and `--format`.")
+        if lora:
+            return read_finished_lora(source)
+        if len(experts) == 1:
+            return read_finished_expert(source, *experts)
     trained = read_checkpoint(source)
     if merge and trained.lora is None:
-        raise ValueError(f"{problem}. Export them without `--merge`.")
+        raise ValueError(f"{whole}. Export them without `--merge`.")
     return trained
 
 
@@ -175,14 +224,75 @@ def merge_lora(args, trained):
     return trained._replace(weights=transformer.state_dict(), **whole, what=what)
 
 
+# ---- ComfyUI. -------------------------------------------------------------------------------------------------------
+def original_name(name):
+    """The name in the original Wan models of a tensor or a layer of a `WanTransformer3DModel`, the inverse of what
+    `convert_wan_transformer_to_diffusers` of diffusers does. `ValueError` if text-to-video models have none."""
+    block, layer, parameter = re.fullmatch(r"(blocks\.\d+\.|)(.*?)(\.weight|\.bias|)", name).groups()
+    names = BLOCK_NAMES if block else OUTER_NAMES
+    if layer not in names:
+        raise ValueError(f"`--format comfyui`: the original Wan models have no name for `{name}`.")
+    return f"{block}{names[layer]}{parameter}"
+
+
+def make_alpha(config, layer, matrix):
+    """The alpha of one layer of a LoRA with this `peft.LoraConfig`, a tensor () in float32. ComfyUI multiplies by
+    alpha / rank, where the rank is that of `matrix`, (rank, inputs), so this makes it scale as peft does."""
+    get_key = trainer.peft.utils.other.get_pattern_key
+    rank = config.rank_pattern.get(get_key(config.rank_pattern, layer), config.r)
+    alpha = config.alpha_pattern.get(get_key(config.alpha_pattern, layer), config.lora_alpha)
+    if rank != len(matrix):
+        raise ValueError(f"The LoRA of `{layer}` is of rank {len(matrix)}, but its metadata say {rank}.")
+    return torch.tensor(float(alpha) * (rank**0.5 if config.use_rslora else 1.0), dtype=torch.float32)
+
+
+def convert_lora(weights, lora):
+    """A LoRA with the metadata `lora` as ComfyUI reads it: {original name: tensor}, and an alpha for each layer."""
+    config, converted = trainer.peft.LoraConfig(**lora), {}
+    for name, weight in weights.items():
+        layer, _, matrix = name.removesuffix(".default.weight").rpartition(".")
+        if matrix not in ("lora_A", "lora_B"):
+            raise ValueError(f"`--format comfyui`: `{name}` is not of a plain LoRA, which has `lora_A` and `lora_B`.")
+        original = f"diffusion_model.{original_name(layer)}"
+        converted[f"{original}.{matrix}.weight"] = weight
+        if matrix == "lora_A":
+            converted[f"{original}.alpha"] = make_alpha(config, layer, weight)
+    return converted
+
+
+def save_for_comfyui(trained, output_dir):
+    """Writes a [`Trained`] as one safetensors file with original names; the name of the file says the expert. It is
+    written beside and renamed when complete. Returns the path."""
+    if trained.expert is None:
+        problem = "which expert the LoRA is for is not known: the run's checkpoints and its README.md are missing"
+        raise ValueError(f"`--format comfyui`: {problem}.")
+    if trained.lora is None:
+        kind, weights = "", {original_name(name): weight for name, weight in trained.weights.items()}
+    else:
+        kind, weights = "_lora", convert_lora(trained.weights, trained.lora)
+    name = f"srpo_wan2.2_t2v{kind}_low_noise" if trained.expert == "transformer_2" else f"srpo_wan{kind}"
+    path = Path(output_dir, f"{name}.safetensors")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    save_file(weights, unfinished, metadata={"format": "pt"})
+    unfinished.chmod(path.parent.stat().st_mode & 0o666)  # safetensors 0.8 lets none but the owner read
+    with open(unfinished, "rb") as file:
+        os.fsync(file.fileno())
+    return unfinished.rename(path)
+
+
 def main(args):
     trainer.diffusers.utils.logging.set_verbosity_error()
     with trainer.one_line_errors():
         check_flags(args)
-        trained = read_trained(args.checkpoint, args.merge)
+        trained = read_trained(args.checkpoint, args.merge, args.format)
         if args.merge:
             trained = merge_lora(args, trained)
-    saved = trainer.save_weights(trained.weights, args.output_dir, trained.expert, trained.config, trained.lora)
+        if args.format == "comfyui":
+            saved = save_for_comfyui(trained, args.output_dir)
+        else:
+            names = trained.expert, trained.config, trained.lora
+            saved = trainer.save_weights(trained.weights, args.output_dir, *names)
     print(f"Wrote {saved}, {trained.what}.")
 
 
