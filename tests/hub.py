@@ -3,8 +3,8 @@ A Hugging Face Hub on this machine, for tests: a server of model repositories th
 
 It speaks the part of the Hub's protocol that `ROUTES` lists: repositories are created; a commit is prepared (which
 files are large, which have changed), sent, and makes a new revision of a branch; large files go the way of git LFS,
-one PUT for each; and every revision can be listed and downloaded. It checks tokens and hashes, and fails when it is told
-to. It knows no Xet (set `HF_HUB_DISABLE_XET=1`), no uploads in parts, no deletions and no datasets.
+one PUT for each; and every revision can be listed and downloaded. It checks tokens and hashes, and fails when it is
+told to. It knows no Xet (set `HF_HUB_DISABLE_XET=1`), no uploads in parts, no deletions and no datasets.
 """
 
 import base64
