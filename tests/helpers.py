@@ -388,12 +388,12 @@ def make_text_encoder(vocab_size=10):
     return {"text_encoder": text_encoder, "tokenizer": T5Tokenizer(vocab=vocab, extra_ids=0)}
 
 
-def make_transformer(num_attention_heads=2, attention_head_dim=12, ffn_dim=32):
+def make_transformer(num_attention_heads=2, attention_head_dim=12, ffn_dim=32, in_channels=4):
     return WanTransformer3DModel(
         patch_size=(1, 2, 2),
         num_attention_heads=num_attention_heads,
         attention_head_dim=attention_head_dim,
-        in_channels=4,
+        in_channels=in_channels,
         out_channels=4,
         text_dim=16,
         freq_dim=16,
