@@ -1272,7 +1272,8 @@ def number(kind=float, **limits):
 
     def convert(text):
         value = kind(text)
-        if not math.isfinite(value) or not all(holds[name](value, limit) for name, limit in limits.items()):
+        finite = kind is int or math.isfinite(value)  # an int may be too large for a float
+        if not finite or not all(holds[name](value, limit) for name, limit in limits.items()):
             words = " and ".join(f"{name.replace('_', ' ')} {limit}" for name, limit in limits.items())
             raise argparse.ArgumentTypeError(f"must be {words or 'finite'}, but is {text}")
         return value
@@ -1419,7 +1420,7 @@ def check_flags(args, parser):
         (positive & negative, "positive_words", "and `--negative_words` share a word, which cancels itself"),
         (args.lr_warmup_steps > args.max_train_steps, "lr_warmup_steps", "must be at most `--max_train_steps`"),
         (
-            Path(args.logging_dir).name != args.logging_dir,
+            Path(args.logging_dir).name != args.logging_dir or args.logging_dir == "..",
             "logging_dir",
             "must be a name in `--output_dir`, not a path",
         ),
@@ -1493,10 +1494,10 @@ def read_model_info(args):
     names, flag = ("revision", "variant", "cache_dir"), f"`--pretrained_model_name_or_path {path}`"
     source = {"pretrained_model_name_or_path": path, **{name: getattr(args, name) for name in names}}
     with input_error(f"{flag} is not a Wan pipeline in the layout of diffusers"), torch.device("meta"):
-        index = diffusers.WanPipeline.load_config(**source)
+        index = dict(diffusers.WanPipeline.load_config(**source))
         scheduler = diffusers.UniPCMultistepScheduler.load_config(**source, subfolder="scheduler")
         vae = diffusers.AutoencoderKLWan.from_config(diffusers.AutoencoderKLWan.load_config(**source, subfolder="vae"))
-    two_experts = index.get("transformer_2", [None, None])[1] is not None
+        two_experts = index.get("transformer_2", [None, None])[1] is not None
     if two_experts != (expert == "transformer_2"):
         found, name = (
             ("two experts", "transformer_2") if two_experts else ("no `transformer_2`, only one expert", "transformer")
@@ -1508,6 +1509,9 @@ def read_model_info(args):
     with input_error(f"{flag} lacks the model in `{expert}`"), torch.device("meta"):
         config = diffusers.WanTransformer3DModel.load_config(**source, subfolder=expert)
         transformer = diffusers.WanTransformer3DModel.from_config(config)
+    if (channels := transformer.config.in_channels) != vae.config.z_dim:
+        problem = f"is not for text to video: `{expert}` takes {channels} channels"
+        raise ValueError(f"{flag} {problem}, and the VAE makes {vae.config.z_dim}.")
     settings = boundary_ratio, index.get("expand_timesteps", False), scheduler.get("flow_shift", 1.0)
     return ModelInfo(source, expert, *settings, transformer, vae)
 
@@ -1653,7 +1657,7 @@ def check_reward(args):
         with input_error(f"Without `--reward_model_path`, {HPS_FILE} is needed from the Hub, which failed"):
             path = args.reward_model_path or huggingface_hub.hf_hub_download(HPS_REPOSITORY, HPS_FILE)
         args.reward_model_path = path
-        if not Path(path).is_file():
+        if not os.path.isfile(path):
             download = f"hf download {HPS_REPOSITORY} {HPS_FILE} --local-dir ."
             raise ValueError(f"`--reward_model_path {path}` is not a file. Download it with `{download}`.")
         with input_error(f"`--reward_model_path {path}` is not a checkpoint with a `state_dict`"):
@@ -1697,12 +1701,12 @@ def check_output_dir(args):
     output, resume_from = Path(args.output_dir), args.resume_from_checkpoint
     with input_error(f"`--output_dir {output}` cannot be used"):
         found = {path.name for path in output.iterdir()} if os.path.lexists(output) else set()
+        saved = ", ".join(map(str, list_checkpoints(output)))
     for flag, path in ((flag, Path(vars(args)[flag] or "").resolve()) for flag in PATH_FLAGS):
-        if path.exists() and vars(args)[flag] and output.resolve() in (path, *path.parents):
+        if os.path.exists(path) and vars(args)[flag] and output.resolve() in (path, *path.parents):
             raise ValueError(f"`--{flag} {path}` lies in `--output_dir {output}`. Choose another folder to write to.")
-    saved = ", ".join(map(str, list_checkpoints(output)))
     if resume_from not in (None, "latest") and not (
-        Path(resume_from, STATE_FILE).is_file() and resume_from[-1:] != "d"
+        os.path.isfile(Path(resume_from, STATE_FILE)) and Path(resume_from).suffix != ".unfinished"
     ):
         problem = f"`--resume_from_checkpoint {resume_from}` is not a complete checkpoint"
         raise ValueError(f"{problem}; `output_dir` has {saved or 'none'}.")
