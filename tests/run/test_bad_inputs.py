@@ -2,12 +2,11 @@
 What `train_srpo_wan_t2i.py` refuses: flags, models, datasets, rewards, output folders and checkpoints. It says in one
 line what is wrong with which of them, before it loads a model, and leaves the disk as it was.
 
-In the tables, `{model}`, `{reward}`, `{dataset}`, `{checkpoint}` are copies in `{folder}` of what works, made when they
-are named; `{tiny}` and so on are the originals. ` ... ` in a message stands for any text.
+In the tables, `{model}`, `{reward}`, `{dataset}`, `{checkpoint}` are copies in `{folder}` of what works, made when
+they are named; `{tiny}` and so on are the originals. ` ... ` in a message stands for any text.
 """
 
 import json
-import os
 import re
 import shutil
 from hashlib import sha256
@@ -73,16 +72,24 @@ POSITIVE = "shift rollout_shift loss_weight_shift lora_alpha adam_epsilon max_gr
 FROM_0 = "reward_margin drift_weight learning_rate adam_weight_decay".split()
 SHARES = "adam_beta1 adam_beta2 lora_dropout".split()
 GUIDANCE = "rollout_guidance_scale validation_guidance_scale".split()
-BLANK = """pretrained_model_name_or_path dataset_name reward_model_path reward_processor_path output_dir revision variant
-    cache_dir positive_words negative_words validation_prompts lora_target_modules resume_from_checkpoint logging_dir
+BLANK = """pretrained_model_name_or_path dataset_name reward_model_path reward_processor_path output_dir revision
+    variant cache_dir positive_words negative_words validation_prompts lora_target_modules resume_from_checkpoint logging_dir
     hub_model_id""".split()
 
 FLAGS = [
     *((f"--{name} 0", f"argument --{name}: must be at least 1, but is 0") for name in COUNTS),
     *((f"--{name} {v}", f"argument --{name}: must be above 0, but is {v}") for name in POSITIVE for v in ("0", "nan")),
     *((f"--{name} {v}", f"argument --{name}: must be at least 0, but is {v}") for name in FROM_0 for v in (-1, "inf")),
-    *((f"--{n} {v}", f"argument --{n}: must be at least 0 and below 1, but is {v}") for n in SHARES for v in (-0.1, 1)),
-    *((f"--{name} {v}", f"argument --{name}: must be at least 1, but is {v}") for name in GUIDANCE for v in (0.5, "nan")),
+    *(
+        (f"--{n} {v}", f"argument --{n}: must be at least 0 and below 1, but is {v}")
+        for n in SHARES
+        for v in (-0.1, 1)
+    ),
+    *(
+        (f"--{name} {v}", f"argument --{name}: must be at least 1, but is {v}")
+        for name in GUIDANCE
+        for v in (0.5, "nan")
+    ),
     *(([f"--{name}", blank], f"argument --{name}: must not be blank") for name in BLANK for blank in ("", " \u200b")),
     ("--sampling_steps -3", "argument --sampling_steps: must be at least 1, but is -3"),
     ("--max_train_steps 1.5", "argument --max_train_steps: invalid whole number value: '1.5'"),
@@ -133,10 +140,16 @@ FLAGS = [
     ("--transformer_subfolder transformer_3", "argument --transformer_subfolder: invalid choice: 'transformer_3'"),
     ("--seed", "argument --seed: expected one argument"),
     ("--max_train 5", "unknown arguments: --max_train. See --help"),
-    ("--hub_token hf_secret", "unknown arguments: --hub_token. See --help; tokens come from `hf auth login` or HF_TOKEN"),
-    ("--hub_token=hf_secret", "unknown arguments: --hub_token. See --help; tokens come from `hf auth login` or HF_TOKEN"),
+    (
+        "--hub_token hf_secret",
+        "unknown arguments: --hub_token. See --help; tokens come from `hf auth login` or HF_TOKEN",
+    ),
+    (
+        "--hub_token=hf_secret",
+        "unknown arguments: --hub_token. See --help; tokens come from `hf auth login` or HF_TOKEN",
+    ),
     ("hf_secret", "unknown arguments: a value without a flag. "),
-]  # fmt: skip
+]
 
 # ---- Flags that the model contradicts. ------------------------------------------------------------------------------
 
@@ -149,16 +162,28 @@ FLAGS_FOR_MODEL = [
     ("--height 40", "`--height 40` must be a multiple of 16 for this model, for example 32."),
     ("--width 8", "`--width 8` must be a multiple of 16 for this model, for example 16."),
     ("--validation_size 24", "`--validation_size 24` must be a multiple of 16 for this model, for example 32."),
-    ("--lora_rank 4 --lora_target_modules to_nothing", "`--lora_target_modules`: the transformer has no layer `to_nothing`"),
+    (
+        "--lora_rank 4 --lora_target_modules to_nothing",
+        "`--lora_target_modules`: the transformer has no layer `to_nothing`",
+    ),
     ("--lora_rank 4 --lora_target_modules norm_q", "`--lora_target_modules` must name linear layers"),
     ("--lora_rank 4 --lora_target_modules attn1", "`--lora_target_modules` must name linear layers"),
     (f"{ONE_EXPERT} --rollout_start boundary", "`--rollout_start boundary` needs a model of two experts"),
     ("--max_sequence_length 32", "`--dataset_name {tiny_dataset}` holds embeddings of length 16, ... needs 32"),
-    (["--validation_prompts", "a boat", "a green boat"], "`--validation_prompts`: ... has no embedding of 'a green boat'."),
+    (
+        ["--validation_prompts", "a boat", "a green boat"],
+        "`--validation_prompts`: ... has no embedding of 'a green boat'.",
+    ),
     ("--rollout_start boundary", "`--dataset_name {tiny_dataset}` has no boundary latents"),
-    ("--rollout_start boundary --sampling_steps 3 --dataset_name {boundary}", "`--dataset_name ... `--sampling_steps 2`, not 3"),
-    ("--rollout_start boundary --sampling_steps 2 --rollout_shift 2 --dataset_name {boundary}", "`--dataset_name ... `--rollout_shift 3.0`, not 2.0"),
-]  # fmt: skip
+    (
+        "--rollout_start boundary --sampling_steps 3 --dataset_name {boundary}",
+        "`--dataset_name ... `--sampling_steps 2`, not 3",
+    ),
+    (
+        "--rollout_start boundary --sampling_steps 2 --rollout_shift 2 --dataset_name {boundary}",
+        "`--dataset_name ... `--rollout_shift 3.0`, not 2.0",
+    ),
+]
 
 
 # ---- Models. --------------------------------------------------------------------------------------------------------
@@ -231,6 +256,15 @@ def pickled(name):
     return spoil
 
 
+def add_tensor(name):
+    return lambda inputs: edit_weights(find(inputs, name), lambda weights: weights.update(extra=torch.zeros(3)))
+
+
+def not_whole(name):
+    key, path = name.split("/", 1)
+    return f"`{{{key}}}/{path}` is not a whole safetensors file"
+
+
 def video_from_image(inputs):
     """Of a whole model, but one that sees an image beside the noise: twice the channels."""
     transformer = make_transformer(in_channels=8)
@@ -241,58 +275,136 @@ def nothing(inputs):
     pass
 
 
-EXPERT, VAE = "model/transformer_2/diffusion_pytorch_model.safetensors", "model/vae/diffusion_pytorch_model.safetensors"
+EXPERT, VAE = (
+    "model/transformer_2/diffusion_pytorch_model.safetensors",
+    "model/vae/diffusion_pytorch_model.safetensors",
+)
 REWARD = "reward/model.safetensors"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 345\n"
 MODEL_FLAG, REWARD_FLAG = "--pretrained_model_name_or_path {model}", "--reward_model_path {reward}"
+IS_NO_CLIP = f"`{REWARD_FLAG}` is not the folder or Hub id of a CLIPModel"
 PARTS = {
     "expert": (EXPERT, "proj_out.bias", MODEL_FLAG, f"`{MODEL_FLAG}` has no whole model in `transformer_2`: "),
     "VAE": (VAE, "decoder.conv_out.bias", MODEL_FLAG, f"`{MODEL_FLAG}` has no whole model in `vae`: "),
-    "reward": (REWARD, "visual_projection.weight", REWARD_FLAG, f"`{REWARD_FLAG}` is not the folder or Hub id of a CLIPModel: "),
-}  # fmt: skip
+    "reward": (REWARD, "visual_projection.weight", REWARD_FLAG, f"{IS_NO_CLIP}: "),
+}
 
 WEIGHTS = [
     (f"{part}, {what}", spoil, flags, problem + detail)
     for part, (file, tensor, flags, problem) in PARTS.items()
     for what, spoil, detail in (
-        ("a tensor is missing", change(file, tensor, lambda old: None), f"the weights lack 1 tensors, such as `{tensor}`"),
-        ("a tensor is shorter", change(file, tensor, lambda old: old[1:].clone()), f"the weights have other shapes of 1 tensors, such as `{tensor}`"),
-        ("an unknown tensor", lambda inputs, file=file: edit_weights(find(inputs, file), lambda weights: weights.update(extra=torch.zeros(3))), "the weights have unknown 1 tensors, such as `extra`"),
+        (
+            "a tensor is missing",
+            change(file, tensor, lambda old: None),
+            f"the weights lack 1 tensors, such as `{tensor}`",
+        ),
+        (
+            "a tensor is shorter",
+            change(file, tensor, lambda old: old[1:].clone()),
+            f"the weights have other shapes of 1 tensors, such as `{tensor}`",
+        ),
+        ("an unknown tensor", add_tensor(file), "the weights have unknown 1 tensors, such as `extra`"),
         ("another prefix", add_prefix(file), "the weights lack "),
-        ("the file is cut off", cut_off(file), f"`{{{file.split('/')[0]}}}/{file.split('/', 1)[1]}` is not a whole safetensors file"),
-        ("the file is empty", write(file), f"`{{{file.split('/')[0]}}}/{file.split('/', 1)[1]}` is not a whole safetensors file"),
-        ("the file is a pointer", write(file, POINTER), f"`{{{file.split('/')[0]}}}/{file.split('/', 1)[1]}` is not a whole safetensors file"),
+        ("the file is cut off", cut_off(file), not_whole(file)),
+        ("the file is empty", write(file), not_whole(file)),
+        ("the file is a pointer", write(file, POINTER), not_whole(file)),
         ("the file is missing", remove(file), f" ... {Path(file).name}"),
         ("the file is a pickle", pickled(file), f" ... {Path(file).name}"),
         ("a shard is missing", shards(file, Path.unlink), " ... -00002-of-"),
         ("a shard is cut off", shards(file, truncate), " ... -00002-of-"),
     )
-]  # fmt: skip
+]
 
 MODELS = [
-    ("not there", nothing, "--pretrained_model_name_or_path {folder}/none", "`--pretrained_model_name_or_path {folder}/none` is not a Wan pipeline"),
-    ("a file", write("folder/file"), "--pretrained_model_name_or_path {folder}/file", "`--pretrained_model_name_or_path {folder}/file` is not a Wan pipeline"),
-    ("a CLIP model", nothing, "--pretrained_model_name_or_path {tiny_reward}", "`--pretrained_model_name_or_path {tiny_reward}` is not a Wan pipeline"),
-    ("index cut off", write("model/model_index.json", '{"_class'), MODEL_FLAG, f"`{MODEL_FLAG}` is not a Wan pipeline"),
-    ("index a list", write("model/model_index.json", "[]"), MODEL_FLAG, f"`{MODEL_FLAG}` is not a Wan pipeline"),
+    (
+        "not there",
+        nothing,
+        "--pretrained_model_name_or_path {folder}/none",
+        "`--pretrained_model_name_or_path {folder}/none` is not a Wan pipeline",
+    ),
+    (
+        "a file",
+        write("folder/file"),
+        "--pretrained_model_name_or_path {folder}/file",
+        "`--pretrained_model_name_or_path {folder}/file` is not a Wan pipeline",
+    ),
+    (
+        "a CLIP model",
+        nothing,
+        "--pretrained_model_name_or_path {tiny_reward}",
+        "`--pretrained_model_name_or_path {tiny_reward}` is not a Wan pipeline",
+    ),
+    (
+        "index cut off",
+        write("model/model_index.json", '{"_class'),
+        MODEL_FLAG,
+        f"`{MODEL_FLAG}` is not a Wan pipeline",
+    ),
+    ("index a list", write("model/model_index.json", "[]"), MODEL_FLAG, f"`{MODEL_FLAG}` has no `transformer_2`"),
+    (
+        "index of no class",
+        edit("model/model_index.json", transformer_2=[]),
+        MODEL_FLAG,
+        f"`{MODEL_FLAG}` is not a Wan",
+    ),
     ("no VAE config", remove("model/vae/config.json"), MODEL_FLAG, f"`{MODEL_FLAG}` is not a Wan pipeline"),
     ("no scheduler", remove("model/scheduler"), MODEL_FLAG, f"`{MODEL_FLAG}` is not a Wan pipeline"),
-    ("one expert", nothing, "--pretrained_model_name_or_path {one_expert}", "`--pretrained_model_name_or_path {one_expert}` has no `transformer_2`, only one expert: train it with `--transformer_subfolder transformer`."),
-    ("the other expert", nothing, "--transformer_subfolder transformer", "`--pretrained_model_name_or_path {tiny}` has two experts: train it with `--transformer_subfolder transformer_2`."),
-    ("no folder of the expert", remove("model/transformer_2"), MODEL_FLAG, f"`{MODEL_FLAG}` lacks the model in `transformer_2`"),
-    ("config of the expert cut off", cut_off("model/transformer_2/config.json"), MODEL_FLAG, f"`{MODEL_FLAG}` lacks the model in `transformer_2`"),
-    ("no boundary", edit("model/model_index.json", boundary_ratio=None), MODEL_FLAG, f"`{MODEL_FLAG}` has no `boundary_ratio`"),
+    (
+        "one expert",
+        nothing,
+        "--pretrained_model_name_or_path {one_expert}",
+        "`--pretrained_model_name_or_path {one_expert}` has no `transformer_2`, ... `--transformer_subfolder transformer`.",
+    ),
+    (
+        "the other expert",
+        nothing,
+        "--transformer_subfolder transformer",
+        "`--pretrained_model_name_or_path {tiny}` has two experts: ... `--transformer_subfolder transformer_2`.",
+    ),
+    (
+        "no folder of the expert",
+        remove("model/transformer_2"),
+        MODEL_FLAG,
+        f"`{MODEL_FLAG}` lacks the model in `transformer_2`",
+    ),
+    (
+        "config of the expert cut off",
+        cut_off("model/transformer_2/config.json"),
+        MODEL_FLAG,
+        f"`{MODEL_FLAG}` lacks the model in `transformer_2`",
+    ),
+    (
+        "no boundary",
+        edit("model/model_index.json", boundary_ratio=None),
+        MODEL_FLAG,
+        f"`{MODEL_FLAG}` has no `boundary_ratio`",
+    ),
     ("no text encoder", remove("model/text_encoder"), MODEL_FLAG, f"`{MODEL_FLAG}` lacks the text encoder"),
-    ("text encoder cut off", cut_off("model/text_encoder/model.safetensors"), MODEL_FLAG, f"`{MODEL_FLAG}` lacks the text encoder"),
-    ("another text encoder", change("model/text_encoder/model.safetensors", "encoder.final_layer_norm.weight", lambda old: old + 1), MODEL_FLAG, "`--dataset_name {tiny_dataset}` holds embeddings of the text encoder ... Embed the captions again for this model."),
+    (
+        "text encoder cut off",
+        cut_off("model/text_encoder/model.safetensors"),
+        MODEL_FLAG,
+        f"`{MODEL_FLAG}` lacks the text encoder",
+    ),
+    (
+        "another text encoder",
+        change("model/text_encoder/model.safetensors", "encoder.final_layer_norm.weight", lambda old: old + 1),
+        MODEL_FLAG,
+        "`--dataset_name {tiny_dataset}` holds embeddings of the text encoder ... Embed the captions again",
+    ),
     ("video from an image", video_from_image, MODEL_FLAG, f"`{MODEL_FLAG}` "),
-]  # fmt: skip
+]
 
 LOADED = [  # what only a look at all weights tells
-    (f"{part}, {value} in the weights", change(file, tensor, lambda old, value=value: old.fill_(value)), flags, f"`{flags}`: the weights of ... {tensor}` are NaN or infinite")
+    (
+        f"{part}, {value} in the weights",
+        change(file, tensor, lambda old, value=value: old.fill_(value)),
+        flags,
+        f"`{flags}`: the weights of ... {tensor}` are NaN or infinite",
+    )
     for part, (file, tensor, flags, _) in PARTS.items()
     for value in (float("nan"), float("-inf"))
-]  # fmt: skip
+]
 
 
 # ---- Datasets. ------------------------------------------------------------------------------------------------------
@@ -332,19 +444,61 @@ def cut_off_rows(inputs):
 
 DATASET = "--dataset_name {dataset}"
 DATASETS = [
-    ("not there", nothing, "--dataset_name {folder}/none", "`--dataset_name {folder}/none` cannot be loaded; make it with embed_prompts.py"),
-    ("a file", write("folder/file", "a cat"), "--dataset_name {folder}/file", "`--dataset_name {folder}/file` cannot be loaded"),
-    ("an empty folder", lambda inputs: (inputs["folder"] / "empty").mkdir(), "--dataset_name {folder}/empty", "`--dataset_name {folder}/empty` cannot be loaded"),
+    (
+        "not there",
+        nothing,
+        "--dataset_name {folder}/none",
+        "`--dataset_name {folder}/none` cannot be loaded; make it with embed_prompts.py",
+    ),
+    (
+        "a file",
+        write("folder/file", "a cat"),
+        "--dataset_name {folder}/file",
+        "`--dataset_name {folder}/file` cannot be loaded",
+    ),
+    (
+        "an empty folder",
+        lambda inputs: (inputs["folder"] / "empty").mkdir(),
+        "--dataset_name {folder}/empty",
+        "`--dataset_name {folder}/empty` cannot be loaded",
+    ),
     ("rows cut off", cut_off_rows, DATASET, f"`{DATASET}` cannot be loaded"),
     ("rows missing", remove("dataset/train"), DATASET, f"`{DATASET}` cannot be loaded"),
-    ("no split train", splits(lambda old: {"negative": old["negative"]}), DATASET, f"`{DATASET}` was not made by embed_prompts.py: ... `train`"),
-    ("no split negative", splits(lambda old: {"train": old["train"]}), DATASET, f"`{DATASET}` was not made by embed_prompts.py: ... `negative`"),
-    ("no rows", splits(lambda old: {**old, "train": old["train"].select([])}), DATASET, f"`{DATASET}` ... embed_prompts.py"),
-    *((f"no column {name}", without_column(name), DATASET, f"`{DATASET}` was not made by embed_prompts.py: ... `train`")
-      for name in ("caption", "prompt_embeds", "text_encoder_fingerprint", "max_sequence_length")),
+    (
+        "no split train",
+        splits(lambda old: {"negative": old["negative"]}),
+        DATASET,
+        f"`{DATASET}` was not made by embed_prompts.py: ... `train`",
+    ),
+    (
+        "no split negative",
+        splits(lambda old: {"train": old["train"]}),
+        DATASET,
+        f"`{DATASET}` was not made by embed_prompts.py: ... `negative`",
+    ),
+    (
+        "no rows",
+        splits(lambda old: {**old, "train": old["train"].select([])}),
+        DATASET,
+        f"`{DATASET}` ... embed_prompts.py",
+    ),
+    *(
+        (
+            f"no column {name}",
+            without_column(name),
+            DATASET,
+            f"`{DATASET}` was not made by embed_prompts.py: ... `train`",
+        )
+        for name in ("caption", "prompt_embeds", "text_encoder_fingerprint", "max_sequence_length")
+    ),
     ("another hidden size", splits(widen), DATASET, f"`{DATASET}` holds embeddings of size 24, ... needs 16"),
-    ("a caption of another text encoder", splits(one_row_of_another_encoder), DATASET, f"`{DATASET}` holds embeddings of the text encoder ... 0123456789abcdef"),
-]  # fmt: skip
+    (
+        "a caption of another text encoder",
+        splits(one_row_of_another_encoder),
+        DATASET,
+        f"`{DATASET}` holds embeddings of the text encoder ... 0123456789abcdef",
+    ),
+]
 
 
 # ---- Rewards. -------------------------------------------------------------------------------------------------------
@@ -405,10 +559,27 @@ NO_DICT = "`--reward_model_path {hps}` is not a checkpoint with a `state_dict`"
 OTHER = "`--reward_model_path {hps}` is not of the architecture ViT-H-14: the weights "
 PROCESSOR = "`--reward_processor_path {reward}` is not the folder or Hub id of a whole processor"
 REWARDS = [
-    *((f"{name} not there", nothing, f"--reward_model {name} --reward_model_path {{folder}}/none", "`--reward_model_path {folder}/none` is not ")
-      for name in ("PickScore", "CLIP")),
-    ("HPS not there", nothing, HPS, "`--reward_model_path {hps}` is not a file. Download it with `hf download xswu/HPSv2 HPS_v2.1_compressed.pt --local-dir .`"),
-    ("HPS a folder", nothing, "--reward_model HPS --reward_model_path {folder}", "`--reward_model_path {folder}` is not a file"),
+    *(
+        (
+            f"{name} not there",
+            nothing,
+            f"--reward_model {name} --reward_model_path {{folder}}/none",
+            "`--reward_model_path {folder}/none` is not ",
+        )
+        for name in ("PickScore", "CLIP")
+    ),
+    (
+        "HPS not there",
+        nothing,
+        HPS,
+        "`--reward_model_path {hps}` is not a file. ... `hf download xswu/HPSv2 HPS_v2.1_compressed.pt --local-dir .`",
+    ),
+    (
+        "HPS a folder",
+        nothing,
+        "--reward_model HPS --reward_model_path {folder}",
+        "`--reward_model_path {folder}` is not a file",
+    ),
     ("HPS with code", hps(lambda inputs: {"state_dict": Evil(inputs["folder"] / "evil")}), HPS, NO_DICT),
     ("HPS without state_dict", hps({"weights": {}}), HPS, NO_DICT),
     ("HPS a number", hps({"state_dict": 3}), HPS, NO_DICT),
@@ -416,18 +587,53 @@ REWARDS = [
     ("HPS a pointer", write("hps", POINTER), HPS, NO_DICT),
     ("HPS empty", write("hps"), HPS, NO_DICT),
     ("HPS cut off", hps_cut_off, HPS, NO_DICT),
-    ("HPS small", hps({"state_dict": {"logit_scale": torch.ones(()), "visual.proj": torch.ones(4, 2)}}), HPS, OTHER + "lack "),
-    ("HPS lacks a tensor", hps_weights(lambda old: {name: old[name] for name in old if name != "text_projection"}), HPS, OTHER + "lack 1 tensors, such as `text_projection`"),
-    ("HPS of another shape", hps_weights(lambda old: {**old, "text_projection": old["text_projection"][1:]}), HPS, OTHER + "have other shapes of 1 tensors, such as `text_projection`"),
-    ("HPS with another prefix", hps_weights(lambda old: {f"module.{name}": old[name] for name in old}), HPS, OTHER + "lack "),
-    ("CLIP of another type", lambda inputs: BertConfig().save_pretrained(inputs["folder"] / "bert"), "--reward_model_path {folder}/bert", "`--reward_model_path {folder}/bert` is not the folder or Hub id of a CLIPModel: it is of type `bert`, and CLIP needs type `clip`"),
-    ("CLIP without a config", remove("reward/config.json"), REWARD_FLAG, f"`{REWARD_FLAG}` is not the folder or Hub id of a CLIPModel"),
+    (
+        "HPS small",
+        hps({"state_dict": {"logit_scale": torch.ones(()), "visual.proj": torch.ones(4, 2)}}),
+        HPS,
+        OTHER + "lack ",
+    ),
+    (
+        "HPS lacks a tensor",
+        hps_weights(lambda old: {name: old[name] for name in old if name != "text_projection"}),
+        HPS,
+        OTHER + "lack 1 tensors, such as `text_projection`",
+    ),
+    (
+        "HPS of another shape",
+        hps_weights(lambda old: {**old, "text_projection": old["text_projection"][1:]}),
+        HPS,
+        OTHER + "have other shapes of 1 tensors, such as `text_projection`",
+    ),
+    (
+        "HPS with another prefix",
+        hps_weights(lambda old: {f"module.{name}": old[name] for name in old}),
+        HPS,
+        OTHER + "lack ",
+    ),
+    (
+        "CLIP of another type",
+        lambda inputs: BertConfig().save_pretrained(inputs["folder"] / "bert"),
+        "--reward_model_path {folder}/bert",
+        "`--reward_model_path {folder}/bert` is not the folder ... it is of type `bert`, and CLIP needs type `clip`",
+    ),
+    ("CLIP without a config", remove("reward/config.json"), REWARD_FLAG, IS_NO_CLIP),
     ("CLIP without a processor", without_processor, REWARD_FLAG, PROCESSOR),
     ("CLIP without a tokenizer", without_words, REWARD_FLAG, f"{PROCESSOR}: it has neither `tokenizer.json` nor "),
     ("CLIP with a tokenizer of few words", few_words, REWARD_FLAG, PROCESSOR),
-    ("processor not there", nothing, "--reward_processor_path {folder}/none", "`--reward_processor_path {folder}/none` is not the folder or Hub id of a whole processor"),
-    ("processor of PickScore not there", nothing, "--reward_model PickScore --reward_processor_path {folder}/none", "`--reward_processor_path {folder}/none` is not the folder or Hub id of a whole processor"),
-]  # fmt: skip
+    (
+        "processor not there",
+        nothing,
+        "--reward_processor_path {folder}/none",
+        "`--reward_processor_path {folder}/none` is not the folder or Hub id of a whole processor",
+    ),
+    (
+        "processor of PickScore not there",
+        nothing,
+        "--reward_model PickScore --reward_processor_path {folder}/none",
+        "`--reward_processor_path {folder}/none` is not the folder or Hub id of a whole processor",
+    ),
+]
 
 
 # ---- Output folders. ------------------------------------------------------------------------------------------------
@@ -451,29 +657,94 @@ def move_into_output(name):
     return lambda inputs: inputs.update({name: Path(shutil.copytree(inputs[name], inputs["output"] / "deep" / name))})
 
 
+LONG = "x" * 300  # more letters than a name may have
+LONG_PATHS = """pretrained_model_name_or_path dataset_name reward_model_path reward_processor_path output_dir
+    resume_from_checkpoint""".split()
 OUTPUT = "`--output_dir {output}`"
 FOREIGN = f"{OUTPUT} is not empty, and not the folder of a run. Choose another."
 LIES_IN = "` lies in `--output_dir {output}`. Choose another folder to write to."
 LATEST = "--resume_from_checkpoint latest"
 OUTPUTS = [
-    *((f"a file, {flags}", write("output", "a file"), flags, f"{OUTPUT} cannot be used") for flags in ("", "--overwrite_output_dir", LATEST)),
-    *((f"a folder of the user, {flags}", write("output/thesis.tex"), flags, FOREIGN) for flags in ("", "--overwrite_output_dir", LATEST)),
+    *(
+        (f"a file, {flags}", write("output", "a file"), flags, f"{OUTPUT} cannot be used")
+        for flags in ("", "--overwrite_output_dir", LATEST)
+    ),
+    *(
+        (f"a folder of the user, {flags}", write("output/thesis.tex"), flags, FOREIGN)
+        for flags in ("", "--overwrite_output_dir", LATEST)
+    ),
     ("a link to nothing", lambda inputs: inputs["output"].symlink_to("nowhere"), "", f"{OUTPUT} cannot be used"),
-    ("a name that is too long", nothing, f"--output_dir {{folder}}/{'x' * 300}", f"`--output_dir {{folder}}/{'x' * 300}` cannot be "),
-    ("below a file", write("folder/file"), "--output_dir {folder}/file/output", "`--output_dir {folder}/file/output` cannot be "),
+    (
+        "below a file",
+        write("folder/file"),
+        "--output_dir {folder}/file/output",
+        "`--output_dir {folder}/file/output` cannot be ",
+    ),
     ("no permission", nothing, "--output_dir /proc/output", "`--output_dir /proc/output` cannot be written"),
-    ("results of a run", run_with_results, "", f"{OUTPUT} is not empty. Choose another, ... `--resume_from_checkpoint latest` ... `--overwrite_output_dir`"),
-    ("results without a checkpoint", run_with_results, LATEST, f"{OUTPUT} has results, but no checkpoint to resume from"),
-    ("overwriting with a bad flag", run_with_results, "--overwrite_output_dir --height 40", "`--height 40` must be a multiple"),
-    ("the base model's folder", nothing, f"{MODEL_FLAG} --output_dir {{model}} --overwrite_output_dir", f"`{MODEL_FLAG}` lies in `--output_dir {{model}}`"),
-    ("a link to the base model's folder", link_to_model, f"{MODEL_FLAG} --output_dir {{folder}}/link --overwrite_output_dir", f"`{MODEL_FLAG}` lies in `--output_dir {{folder}}/link`"),
-    ("the base model through a link", link_to_model, "--pretrained_model_name_or_path {folder}/link --output_dir {model}", "`--pretrained_model_name_or_path {model}` lies in `--output_dir {model}`"),
-    ("the base model inside", move_into_output("model"), f"{MODEL_FLAG} --overwrite_output_dir", f"`{MODEL_FLAG}{LIES_IN}"),
+    (
+        "results of a run",
+        run_with_results,
+        "",
+        f"{OUTPUT} is not empty. Choose another, ... `--resume_from_checkpoint latest` ... `--overwrite_output_dir`",
+    ),
+    (
+        "results without a checkpoint",
+        run_with_results,
+        LATEST,
+        f"{OUTPUT} has results, but no checkpoint to resume from",
+    ),
+    (
+        "overwriting with a bad flag",
+        run_with_results,
+        "--overwrite_output_dir --height 40",
+        "`--height 40` must be a multiple",
+    ),
+    (
+        "the base model's folder",
+        nothing,
+        f"{MODEL_FLAG} --output_dir {{model}} --overwrite_output_dir",
+        f"`{MODEL_FLAG}` lies in `--output_dir {{model}}`",
+    ),
+    (
+        "a link to the base model's folder",
+        link_to_model,
+        f"{MODEL_FLAG} --output_dir {{folder}}/link --overwrite_output_dir",
+        f"`{MODEL_FLAG}` lies in `--output_dir {{folder}}/link`",
+    ),
+    (
+        "the base model through a link",
+        link_to_model,
+        "--pretrained_model_name_or_path {folder}/link --output_dir {model}",
+        "`--pretrained_model_name_or_path {model}` lies in `--output_dir {model}`",
+    ),
+    (
+        "the base model inside",
+        move_into_output("model"),
+        f"{MODEL_FLAG} --overwrite_output_dir",
+        f"`{MODEL_FLAG}{LIES_IN}",
+    ),
     ("the dataset inside", move_into_output("dataset"), f"{DATASET} --overwrite_output_dir", f"`{DATASET}{LIES_IN}"),
-    ("the reward inside", move_into_output("reward"), f"{REWARD_FLAG} --overwrite_output_dir", f"`{REWARD_FLAG}{LIES_IN}"),
-    ("the processor inside", move_into_output("reward"), "--reward_processor_path {reward}", f"`--reward_processor_path {{reward}}{LIES_IN}"),
+    (
+        "the reward inside",
+        move_into_output("reward"),
+        f"{REWARD_FLAG} --overwrite_output_dir",
+        f"`{REWARD_FLAG}{LIES_IN}",
+    ),
+    (
+        "the processor inside",
+        move_into_output("reward"),
+        "--reward_processor_path {reward}",
+        f"`--reward_processor_path {{reward}}{LIES_IN}",
+    ),
+    *((f"{flag} too long", nothing, f"--{flag} {LONG}", f"`--{flag} {LONG}` ") for flag in LONG_PATHS),
+    (
+        "HPS too long",
+        nothing,
+        f"--reward_model HPS --reward_model_path {LONG}",
+        f"`--reward_model_path {LONG}` is not a file",
+    ),
     ("no space", full_disk, "", f"{OUTPUT}: a checkpoint takes ... GB, and 1e-06 GB are free"),
-]  # fmt: skip
+]
 
 
 # ---- Checkpoints. ---------------------------------------------------------------------------------------------------
@@ -540,43 +811,143 @@ DAMAGED = "{checkpoint} is damaged: its files are not those that `SHA256SUMS` in
 ODD = "`{checkpoint}/trainer_state.json` is damaged or of another version of this script"
 NAMED = "--resume_from_checkpoint {checkpoint}"
 INCOMPLETE = f"`{NAMED}` is not a complete checkpoint"
-OTHER_RUN, CHANGE, NEW = "{checkpoint} was made with another ", "Use the same, or add `--allow_changes`.", "Use the same, or start a new run."
+OTHER_RUN, CHANGE, NEW = (
+    "{checkpoint} was made with another ",
+    "Use the same, or add `--allow_changes`.",
+    "Use the same, or start a new run.",
+)
 
 CHECKPOINTS = [
     ("another seed", nothing, f"{LATEST} --seed 43", f"{OTHER_RUN}seed: 42, which is now 43. {CHANGE}"),
-    ("other words", nothing, f"{LATEST} --positive_words Real", f"{OTHER_RUN}positive_words: ['Natural-lighting', 'Detail', 'Detailed', 'Real'], which is now ['Real']. {CHANGE}"),
+    (
+        "other words",
+        nothing,
+        f"{LATEST} --positive_words Real",
+        f"{OTHER_RUN}positive_words: ['Natural-lighting', ... 'Real'], which is now ['Real']. {CHANGE}",
+    ),
     ("another loss", nothing, f"{LATEST} --loss linear", f"{OTHER_RUN}loss: hinge, which is now linear. {CHANGE}"),
     ("another size", nothing, f"{LATEST} --height 48", f"{OTHER_RUN}height: 32, which is now 48. {CHANGE}"),
-    ("another batch size", nothing, f"{LATEST} --train_batch_size 4", f"{OTHER_RUN}train_batch_size: 1, which is now 4. {CHANGE}"),
-    ("more accumulation", nothing, f"{LATEST} --gradient_accumulation_steps 2", f"{OTHER_RUN}gradient_accumulation_steps: 1, which is now 2. {CHANGE}"),
-    ("another rate", nothing, f"{LATEST} --learning_rate 1e-5", f"{OTHER_RUN}learning_rate: 0.001, which is now 1e-05. {CHANGE}"),
-    ("another schedule", nothing, f"{LATEST} --lr_scheduler cosine", f"{OTHER_RUN} ... lr_scheduler: constant, which is now cosine ... {CHANGE}"),
-    ("other betas", nothing, f"{LATEST} --adam_beta1 0.8 --adam_beta2 0.9", f"{OTHER_RUN}adam_beta1: 0.9, which is now 0.8; adam_beta2: 0.999, which is now 0.9. {CHANGE}"),
-    ("another epsilon and decay", nothing, f"{LATEST} --adam_epsilon 1e-6 --adam_weight_decay 0", f"{OTHER_RUN} ... adam_weight_decay: 0.0001, which is now 0.0 ... {CHANGE}"),
-    ("rollouts used longer", nothing, f"{LATEST} --updates_per_rollout 2", f"{OTHER_RUN}updates_per_rollout: 1, which is now 2. {CHANGE}"),
-    ("other validation prompts", nothing, [*LATEST.split(), "--validation_prompts", "a boat"], f"{OTHER_RUN}validation_prompts: [], which is now ['a boat']. {CHANGE}"),
+    (
+        "another batch size",
+        nothing,
+        f"{LATEST} --train_batch_size 4",
+        f"{OTHER_RUN}train_batch_size: 1, which is now 4. {CHANGE}",
+    ),
+    (
+        "more accumulation",
+        nothing,
+        f"{LATEST} --gradient_accumulation_steps 2",
+        f"{OTHER_RUN}gradient_accumulation_steps: 1, which is now 2. {CHANGE}",
+    ),
+    (
+        "another rate",
+        nothing,
+        f"{LATEST} --learning_rate 1e-5",
+        f"{OTHER_RUN}learning_rate: 0.001, which is now 1e-05. {CHANGE}",
+    ),
+    (
+        "another schedule",
+        nothing,
+        f"{LATEST} --lr_scheduler cosine",
+        f"{OTHER_RUN} ... lr_scheduler: constant, which is now cosine ... {CHANGE}",
+    ),
+    (
+        "other betas",
+        nothing,
+        f"{LATEST} --adam_beta1 0.8 --adam_beta2 0.9",
+        f"{OTHER_RUN}adam_beta1: 0.9, which is now 0.8; adam_beta2: 0.999, which is now 0.9. {CHANGE}",
+    ),
+    (
+        "another epsilon and decay",
+        nothing,
+        f"{LATEST} --adam_epsilon 1e-6 --adam_weight_decay 0",
+        f"{OTHER_RUN} ... adam_weight_decay: 0.0001, which is now 0.0 ... {CHANGE}",
+    ),
+    (
+        "rollouts used longer",
+        nothing,
+        f"{LATEST} --updates_per_rollout 2",
+        f"{OTHER_RUN}updates_per_rollout: 1, which is now 2. {CHANGE}",
+    ),
+    (
+        "other validation prompts",
+        nothing,
+        [*LATEST.split(), "--validation_prompts", "a boat"],
+        f"{OTHER_RUN}validation_prompts: [], which is now ['a boat']. {CHANGE}",
+    ),
     ("another dataset", CAPTIONS_TURNED, f"{LATEST} {DATASET}", f"{OTHER_RUN}dataset: ... {CHANGE}"),
     ("another reward", OTHER_REWARD, f"{LATEST} {REWARD_FLAG}", f"{OTHER_RUN}reward: ... {CHANGE}"),
-    ("all differences", CAPTIONS_TURNED, f"{LATEST} {DATASET} --seed 43 --noise per_sample", f"{OTHER_RUN}dataset: ... noise: shared, which is now per_sample; seed: 42, which is now 43. {CHANGE}"),
+    (
+        "all differences",
+        CAPTIONS_TURNED,
+        f"{LATEST} {DATASET} --seed 43 --noise per_sample",
+        f"{OTHER_RUN}dataset: ... noise: shared, which is now per_sample; seed: 42, which is now 43. {CHANGE}",
+    ),
     ("another base model", other_base, f"{LATEST} --allow_changes {MODEL_FLAG}", f"{OTHER_RUN}base_model: ... {NEW}"),
-    ("a LoRA", nothing, f"{LATEST} --allow_changes --lora_rank 4", f"{OTHER_RUN}lora_rank: None, which is now 4; ... {NEW}"),
-    ("another optimizer", nothing, f"{LATEST} --allow_changes --optimizer adamw_8bit", f"{OTHER_RUN}optimizer: adamw, which is now adamw_8bit. {NEW}"),
-    ("more processes", run_was(num_processes=8), f"{LATEST} --allow_changes", f"{OTHER_RUN}num_processes: 8, which is now 1. {NEW}"),
-    ("another engine", run_was(engine="ZeRO-2"), f"{LATEST} --allow_changes", f"{OTHER_RUN}engine: ZeRO-2, which is now without DeepSpeed. {NEW}"),
-    ("another precision", run_was(mixed_precision="bf16"), f"{LATEST} --allow_changes", f"{OTHER_RUN}mixed_precision: bf16, which is now no. {NEW}"),
-    ("in another folder", run_was(num_processes=8), f"{NAMED} --output_dir {{folder}}/other", f"{OTHER_RUN}num_processes: 8"),
+    (
+        "a LoRA",
+        nothing,
+        f"{LATEST} --allow_changes --lora_rank 4",
+        f"{OTHER_RUN}lora_rank: None, which is now 4; ... {NEW}",
+    ),
+    (
+        "another optimizer",
+        nothing,
+        f"{LATEST} --allow_changes --optimizer adamw_8bit",
+        f"{OTHER_RUN}optimizer: adamw, which is now adamw_8bit. {NEW}",
+    ),
+    (
+        "more processes",
+        run_was(num_processes=8),
+        f"{LATEST} --allow_changes",
+        f"{OTHER_RUN}num_processes: 8, which is now 1. {NEW}",
+    ),
+    (
+        "another engine",
+        run_was(engine="ZeRO-2"),
+        f"{LATEST} --allow_changes",
+        f"{OTHER_RUN}engine: ZeRO-2, which is now without DeepSpeed. {NEW}",
+    ),
+    (
+        "another precision",
+        run_was(mixed_precision="bf16"),
+        f"{LATEST} --allow_changes",
+        f"{OTHER_RUN}mixed_precision: bf16, which is now no. {NEW}",
+    ),
+    (
+        "in another folder",
+        run_was(num_processes=8),
+        f"{NAMED} --output_dir {{folder}}/other",
+        f"{OTHER_RUN}num_processes: 8",
+    ),
     ("a bit flipped", flip_a_bit, LATEST, DAMAGED),
     ("a bit flipped, named", flip_a_bit, NAMED, DAMAGED),
-    ("a bit flipped, another whole", another_whole_one, LATEST, "{checkpoint} is damaged: ... The newest whole one: `--resume_from_checkpoint {output}/checkpoint-1`."),
+    (
+        "a bit flipped, another whole",
+        another_whole_one,
+        LATEST,
+        "{checkpoint} is damaged: ... The newest whole one: `--resume_from_checkpoint {output}/checkpoint-1`.",
+    ),
     ("weights cut off", cut_off("checkpoint/model.safetensors"), LATEST, DAMAGED),
     ("weights missing", remove("checkpoint/model.safetensors"), LATEST, DAMAGED),
     ("a file too many", write("checkpoint/custom_checkpoint_0.pkl"), LATEST, DAMAGED),
     ("no checksums", remove(SUMS), LATEST, DAMAGED),
     ("checksums not text", write(SUMS, b"\xff\xfe\x00"), LATEST, DAMAGED),
     ("no state", remove(STATE), NAMED, INCOMPLETE),
-    ("not there", nothing, "--resume_from_checkpoint {output}/checkpoint-20", "`--resume_from_checkpoint {output}/checkpoint-20` is not a complete checkpoint; `output_dir` has "),
+    (
+        "not there",
+        nothing,
+        "--resume_from_checkpoint {output}/checkpoint-20",
+        "`--resume_from_checkpoint {output}/checkpoint-20` is not a complete checkpoint; `output_dir` has ",
+    ),
     ("still being written", renamed("checkpoint-2.unfinished"), NAMED, INCOMPLETE),
     ("still being removed", renamed("checkpoint-2.discarded.unfinished"), NAMED, INCOMPLETE),
+    (
+        "still being removed, with a slash",
+        renamed("checkpoint-2.discarded.unfinished"),
+        f"{NAMED}/",
+        f"`{NAMED}/` is not a complete checkpoint",
+    ),
     ("state of an older version", seal(write(STATE, '{"global_step": 2, "history": []}')), LATEST, ODD),
     ("state a list", seal(write(STATE, "[]")), LATEST, ODD),
     ("state empty", seal(write(STATE)), NAMED, ODD),
@@ -585,8 +956,13 @@ CHECKPOINTS = [
     ("a step that is a number in words", state(global_step="2"), LATEST, ODD),
     ("an expert that is a path", state(expert="../../transformer_2"), LATEST, ODD),
     ("history of words", state(history=[{"step": 1, "loss": "low"}]), LATEST, ODD),
-    ("beyond the last update", nothing, f"{LATEST} --max_train_steps 1", "{checkpoint} is beyond `--max_train_steps 1`"),
-]  # fmt: skip
+    (
+        "beyond the last update",
+        nothing,
+        f"{LATEST} --max_train_steps 1",
+        "{checkpoint} is beyond `--max_train_steps 1`",
+    ),
+]
 
 
 # ---- The test. ------------------------------------------------------------------------------------------------------
