@@ -202,6 +202,20 @@ def embed_refusal(model, prompts, output_dir, *flags):
     return caught.value.code.removeprefix("error: ")
 
 
+def poison(dataset, caption, folder, bits=0x7FC0):
+    """Writes a dataset to `folder` in which the embedding of a caption begins with these bits of bfloat16, NaN unless
+    they are others; returns `folder`."""
+    splits = load_from_disk(dataset)
+
+    def spoil(row):
+        embeds = [[bits, *row["prompt_embeds"][0][1:]], *row["prompt_embeds"][1:]]
+        return {"prompt_embeds": embeds} if row["caption"] == caption else row
+
+    splits["train"] = splits["train"].map(spoil)
+    splits.save_to_disk(folder)
+    return folder
+
+
 def draw(seed, *shape, dtype=torch.float32):
     """Standard normal numbers, always the same for a seed and a shape."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)

@@ -73,8 +73,8 @@ FROM_0 = "reward_margin drift_weight learning_rate adam_weight_decay".split()
 SHARES = "adam_beta1 adam_beta2 lora_dropout".split()
 GUIDANCE = "rollout_guidance_scale validation_guidance_scale".split()
 BLANK = """pretrained_model_name_or_path dataset_name reward_model_path reward_processor_path output_dir revision
-    variant cache_dir positive_words negative_words validation_prompts lora_target_modules resume_from_checkpoint logging_dir
-    hub_model_id""".split()
+    variant cache_dir positive_words negative_words validation_prompts lora_target_modules resume_from_checkpoint
+    logging_dir hub_model_id""".split()
 
 FLAGS = [
     *((f"--{name} 0", f"argument --{name}: must be at least 1, but is 0") for name in COUNTS),
@@ -353,7 +353,7 @@ MODELS = [
         "one expert",
         nothing,
         "--pretrained_model_name_or_path {one_expert}",
-        "`--pretrained_model_name_or_path {one_expert}` has no `transformer_2`, ... `--transformer_subfolder transformer`.",
+        "`--pretrained_model_name_or_path {one_expert}` has no ... `--transformer_subfolder transformer`",
     ),
     (
         "the other expert",
