@@ -145,6 +145,19 @@ def launched(*flags):
                     deepspeed.comm.comm.cdb = None
 
 
+def run_launched(answer, launcher, flags):
+    """Runs the training script, in a process of its own, as `accelerate launch` does with the flags in `launcher`, and
+    sends what it ended with: `None`, or the message or number of a `SystemExit`."""
+    from train_srpo_wan_t2i import main, parse_args
+
+    try:
+        with launched(*launcher.split()):
+            main(parse_args(flags))
+        answer.send(None)
+    except SystemExit as stop:
+        answer.send(stop.code)
+
+
 def run_command(*command, cwd=ROOT, **environment):
     """Runs a command in a new process, without a GPU and without what a launcher says of other processes."""
     rendezvous = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
