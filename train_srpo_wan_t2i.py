@@ -211,6 +211,11 @@ class Recipe(namedtuple("Recipe", SETTINGS)):
         return make_train_sigmas(self.num_inference_steps, self.shift, self.train_timestep, self.timestep_length)
 
 
+def settings_of(kind, flags):
+    """A named tuple whose fields are flags, from a dict of all flags."""
+    return kind(**{name: flags[name] for name in kind._fields})
+
+
 class Branch(NamedTuple):
     """One way through the graded step, for B samples."""
 
@@ -886,18 +891,22 @@ def discard(path):
         path.unlink(missing_ok=True)
 
 
+def full_disk(path, size):
+    """What ends the program if the disk has no room for `size` bytes at `path`."""
+    free = shutil.disk_usage(path if path.is_dir() else path.parent).free / 1e9
+    problem = f"the disk is full: `{path}` takes {size / 1e9:.3g} GB, and {free:.3g} GB are free"
+    return SystemExit(f"error: {problem}. What was saved before is whole.")
+
+
 @contextmanager
 def written(path, size=1e6):
     """A path beside `path` to write a file or folder of about `size` bytes to. If the block succeeds, it is flushed to
-    the disk and takes the place of `path`, where a link is followed; else it is removed. A full disk ends the program,
-    before the block if `size` tells it."""
+    the disk and takes the place of `path`, where a link is followed; else it is removed."""
     path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     discard(new := path.with_name(f"{path.name}.unfinished"))
-    free, limit = shutil.disk_usage(path.parent).free, f"`{path}` takes {size / 1e9:.3g} GB"
-    full = f"error: the disk is full: {limit}, and {free / 1e9:.3g} GB are free. What was saved before is whole."
-    if free < size:
-        raise SystemExit(full)
+    if shutil.disk_usage(path.parent).free < size:
+        raise full_disk(path, size)
     try:
         yield new
         for file in filter(Path.is_file, (new, *new.rglob("*"))):
@@ -905,92 +914,74 @@ def written(path, size=1e6):
             with file.open("rb") as stream:
                 os.fsync(stream)
     except BaseException as error:
-        is_full = shutil.disk_usage(path.parent).free < 2**20 or "No space left" in str(error)
+        is_full = "No space left" in str(error) or shutil.disk_usage(path.parent).free < 2**20
         discard(new)
-        raise SystemExit(full) if is_full else error from error
+        raise full_disk(path, size) if is_full else error from error
     if path.is_dir():
         discard(path)
     new.replace(path)
 
 
 @contextmanager
-def claim_output_dir(run):
-    """Makes the output folder and holds its lock, which the kernel releases however the process ends. Removes what a
-    killed run left unfinished. `ValueError` if another process holds the lock, or there is no room for a checkpoint.
-    If the run ends before [`begin_output`], the folder is as before."""
-    folder, marker, flag = run.output_dir, run.output_dir / MARKER, f"`--output_dir {run.output_dir}`"
-    made = [each for each in (folder, *folder.parents) if not each.exists()]
-    with input_error(f"{flag} cannot be written; choose another"):
+def claim_output_dir(folder, size):
+    """Makes the output folder and holds its lock, which the kernel releases however the process ends. `ValueError` if
+    another process holds it; ends the program if less than `size` bytes are free. If nothing was written to `run.json`
+    in the end, the folder is as before."""
+    marker, made = folder / MARKER, [each for each in (folder, *folder.parents) if not each.exists()]
+    with input_error(f"`--output_dir {folder}` cannot be written, or another run is writing to it; choose another"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = marker.open("a")
-    with lock:
-        with input_error(f"{flag} is in use by another run; wait for its end, or choose another"):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        try:
-            for leftover in (*folder.glob("*.unfinished"), *folder.glob("images/*.unfinished")):
-                discard(leftover)
-            old = find_run_files(folder) if run.flags["overwrite_output_dir"] else []
-            room = sum(file.stat().st_size for path in old for file in (path, *path.rglob("*")))
-            room, needed = (room + shutil.disk_usage(folder).free) / 1e9, run.checkpoint_size / 1e9
-            if room < needed:
-                raise ValueError(f"{flag}: a checkpoint takes {needed:.3g} GB, and {room:.3g} GB are free.")
-            yield
-        finally:
-            if marker.stat().st_size == 0:
-                for remove in (marker.unlink, *(each.rmdir for each in made)):
-                    remove()
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
+        for leftover in (*folder.glob("*.unfinished"), *folder.glob("*/*.unfinished")):
+            discard(leftover)
+        if shutil.disk_usage(folder).free < size:
+            raise full_disk(folder, size)
+        yield
+    finally:
+        if marker.stat().st_size == 0:
+            for remove in (marker.unlink, *(each.rmdir for each in made)):
+                remove()
+        lock.close()
 
 
 def begin_output(run):
     """Marks the output folder as that of the run, without what an earlier one left there, and begins `train.log`."""
     if run.flags["overwrite_output_dir"]:
-        for path in find_run_files(run.output_dir):
+        files = [path for pattern in RUN_FILES for path in run.output_dir.glob(pattern)]
+        for path in [*files, *list_checkpoints(run.output_dir)]:
             discard(path)
-            for folder in path.parents:
-                if folder == run.output_dir or any(folder.iterdir()):
-                    break
-                folder.rmdir()
+            with suppress(OSError):  # ends at a folder that is not empty, such as that of the marker
+                os.removedirs(path.parent)
     (run.output_dir / MARKER).write_text(json.dumps(run.identity, indent=1))  # in place, since it is locked
     handler = logging.FileHandler(run.output_dir / "train.log")
     handler.setFormatter(logging.Formatter(LOG_FORMAT))
     logging.getLogger().addHandler(handler)
 
 
-def find_run_files(output_dir):
-    """What runs wrote into this folder: files, and the folders of checkpoints. Nothing else is ever deleted."""
-    return [*(path for pattern in RUN_FILES for path in output_dir.glob(pattern)), *list_checkpoints(output_dir)]
-
-
 def list_checkpoints(output_dir):
-    """The checkpoints in a folder, in the order in which they were saved, which a copy keeps. One without a readable
-    state is the last."""
+    """The checkpoints in a folder in the order in which they were saved, which a copy keeps; an unreadable one is last."""
 
     def saved(folder):
         with suppress(OSError, ValueError, TypeError, LookupError):
             return float(json.loads((folder / STATE_FILE).read_text())["saved"])
         return math.inf
 
-    folders = [path.parent for path in Path(output_dir).glob(f"checkpoint-*/{STATE_FILE}")]
+    folders = (path.parent for path in Path(output_dir).glob(f"checkpoint-*/{STATE_FILE}"))
     return sorted((folder for folder in folders if re.fullmatch(r"checkpoint-\d+", folder.name)), key=saved)
 
 
 def list_checksums(accelerator, folder):
-    """A line `SHA-256  name` for each file in a folder, as `sha256sum` writes it. Each process reads a share."""
+    """The SHA-256 and the name of each file in a folder, as `sha256sum` writes them. Each process reads a share."""
 
     def line(file):
         with file.open("rb") as stream:
-            return f"{huggingface_hub.utils.sha.sha_fileobj(stream).hex()}  {file.relative_to(folder)}"
+            return f"{huggingface_hub.utils.sha.sha_fileobj(stream).hex()}  {file.relative_to(folder)}\n"
 
     files = sorted(file for file in Path(folder).rglob("*") if file.is_file() and file.name != CHECKSUMS)
     with ThreadPoolExecutor() as threads:
         lines = threads.map(line, files[accelerator.process_index :: accelerator.num_processes])
-    return sorted(gather_object([*lines]))
-
-
-def is_whole(accelerator, folder):
-    """Whether the files of a checkpoint are those that were saved. All processes must call it."""
-    with suppress(OSError, UnicodeError):
-        return list_checksums(accelerator, folder) == Path(folder, CHECKSUMS).read_text().splitlines()
+    return "".join(sorted(gather_object([*lines])))
 
 
 def require_finite_weights(accelerator, transformer, run):
@@ -1013,15 +1004,11 @@ def save_checkpoint(accelerator, transformer, run, state):
     folder, main = run.output_dir / f"checkpoint-{state.step}", accelerator.is_main_process
     with written(folder, run.checkpoint_size) if main else nullcontext(Path(f"{folder.resolve()}.unfinished")) as new:
         if main:
-            bare = accelerator.unwrap_model(transformer)
+            bare, dtype = accelerator.unwrap_model(transformer), str(run.dtype).removeprefix("torch.")
             content = {"saved": time.time(), "global_step": state.step, "skipped": state.skipped}
-            content |= {"history": state.history, "run": run.identity, "expert": run.expert}
-            content |= {
-                "config": dict(bare.config),
-                "lora": lora_metadata(bare),
-                "dtype": str(run.dtype).split(".")[1],
-            }
+            content |= {"history": state.history, "run": run.identity, "expert": run.expert, "dtype": dtype}
             new.mkdir()
+            content |= {"config": dict(bare.config), "lora": lora_metadata(bare)}
             (new / STATE_FILE).write_text(json.dumps(content))
         accelerator.wait_for_everyone()
         # Frozen weights are those of the base model: without DeepSpeed, `keep_lora_only` leaves them out.
@@ -1032,11 +1019,11 @@ def save_checkpoint(accelerator, transformer, run, state):
         accelerator.wait_for_everyone()
         checksums = list_checksums(accelerator, new)
         if main:
-            (new / CHECKSUMS).write_text("".join(f"{line}\n" for line in checksums))
+            (new / CHECKSUMS).write_text(checksums)
     if main:
         for old in list_checkpoints(run.output_dir)[: -(run.flags["checkpoints_total_limit"] or sys.maxsize)]:
             discard(old)
-        logger.info(f"Saved state to {folder}")
+    logger.info(f"Saved state to {folder}")
     accelerator.wait_for_everyone()
 
 
@@ -1045,36 +1032,43 @@ def read_state(folder):
     file = Path(folder, STATE_FILE)
     with input_error(f"`{file}` is damaged or of another version of this script; take another checkpoint"):
         content = json.loads(file.read_text())
-        whole = [content["global_step"], content["skipped"], *(row["step"] for row in content["history"])]
-        numbers = [value for row in content["history"] for value in row.values()]
-        if {*map(type, whole)} != {int} or not {*map(type, numbers)} <= {int, float}:
-            raise ValueError("its steps are not numbers")
-        if content["expert"] not in EXPERTS or not {"run", "config", "lora", "dtype"} <= content.keys():
-            raise ValueError("it does not say what was trained")
-        return content
+        numbers = [value for row in content["history"] for value in (row["step"], *row.values())]
+        numbers += [content["global_step"], content["skipped"]]
+        if not {*map(type, numbers)} <= {int, float} or content["expert"] not in EXPERTS:
+            raise ValueError("it does not hold what this script writes")
+        return {
+            name: content[name]
+            for name in ("global_step", "skipped", "history", "run", "expert", "config", "lora", "dtype")
+        }
 
 
 def find_checkpoint(accelerator, run):
     """The checkpoint to resume from, or `None`, and its [`RunState`]. `ValueError` if the run cannot go on with it."""
+
+    def is_whole(folder):
+        file = Path(folder, CHECKSUMS)
+        listed = file.read_text(errors="replace") if file.is_file() else None
+        return list_checksums(accelerator, folder) == listed
+
     saved, flags, folder = list_checkpoints(run.output_dir), run.flags, run.flags["resume_from_checkpoint"]
     folder = (saved or [None])[-1] if folder == "latest" else folder
     if folder is None:
         return None, RunState()
-    if not is_whole(accelerator, folder):
-        whole = next((each for each in saved[::-1] if is_whole(accelerator, each)), None)
-        advice = f"The newest whole one: `--resume_from_checkpoint {whole}`" if whole else "No other is whole"
-        raise ValueError(f"{folder} is damaged: its files are not those that `{CHECKSUMS}` in it lists. {advice}.")
+    if not is_whole(folder):
+        whole = next(filter(is_whole, saved[::-1]), None)
+        advice = f"the newest whole one is `--resume_from_checkpoint {whole}`" if whole else "no other is whole"
+        raise ValueError(f"{folder} is damaged: its files are not those of its {CHECKSUMS}; {advice}.")
     content, new = read_state(folder), json.loads(json.dumps(run.identity))
-    changes = {name: f"{name}: {content['run'].get(name)}, which is now {value}" for name, value in new.items()}
-    changes = {name: text for name, text in changes.items() if content["run"].get(name) != new[name]}
-    fixed = changes.keys() & set(PINNED)
-    if fixed or (changes and not flags["allow_changes"]):
-        advice = "start a new run" if fixed else "add `--allow_changes`"
-        raise ValueError(f"{folder} was made with another {'; '.join(changes.values())}. Use the same, or {advice}.")
-    step = content["global_step"]
+    old, step = content["run"], content["global_step"]
+    changed = [name for name in new if old.get(name) != new[name]]
+    problem = "; ".join(f"{name}: {old.get(name)}, which is now {new[name]}" for name in changed)
+    problem = f"{folder} was made with another {problem}. Use the same, or"
+    if set(changed) & set(PINNED):
+        raise ValueError(f"{problem} start a new run.")
+    if changed and not flags["allow_changes"]:
+        raise ValueError(f"{problem} add `--allow_changes`.")
     if step > flags["max_train_steps"] or step % flags["updates_per_rollout"]:
-        steps = f"`--max_train_steps {flags['max_train_steps']}`, or no multiple of `--updates_per_rollout`"
-        raise ValueError(f"{folder} is beyond {steps}.")
+        raise ValueError(f"{folder} is beyond `--max_train_steps`, or amid the updates of a rollout.")
     return folder, RunState(step, content["skipped"], content["history"])
 
 
@@ -1105,13 +1099,13 @@ def save_weights(weights, output_dir, expert, config, lora):
     with written(path, sum(weight.nbytes for weight in weights.values())) as new:
         if lora is not None:
             layers = {name.replace(".default.", "."): weight for name, weight in weights.items()}
-            options = {"weight_name": new.name, "transformer_lora_adapter_metadata": lora}
-            diffusers.WanPipeline.save_lora_weights(new.parent, layers, **options)
-        else:
-            with torch.device("meta"):
-                diffusers.WanTransformer3DModel.from_config(config).save_config(new)
-            options = {"filename_pattern": f"{DIFFUSERS_STEM}{{suffix}}.safetensors", "max_shard_size": "10GB"}
-            huggingface_hub.save_torch_state_dict(weights, new, **options)
+            names = {"weight_name": new.name, "transformer_lora_adapter_metadata": lora}
+            diffusers.WanPipeline.save_lora_weights(new.parent, layers, **names)
+            return path
+        with torch.device("meta"):
+            diffusers.WanTransformer3DModel.from_config(config).save_config(new)
+        pattern = f"{DIFFUSERS_STEM}{{suffix}}.safetensors"
+        huggingface_hub.save_torch_state_dict(weights, new, filename_pattern=pattern, max_shard_size="10GB")
     return path
 
 
@@ -1121,11 +1115,11 @@ MODEL_CARD = """---
 
 # SRPO fine-tuning of {{ base }}
 
-{{ what }} of {{ link }}, fine-tuned for text-to-image with SRPO on the reward of {{ flags.reward_model }}:
-{{ updates }} updates{% if scores %}, relative reward {{ "%.4f" % scores[0] }} -> {{ "%.4f" % scores[-1] }}{% endif %}.
+{{ what }} of {{ base }}, fine-tuned for text-to-image with SRPO on the reward of {{ flags.reward_model }}:
+{{ updates }} updates{% if scores %}, relative reward {{ scores[0] }} -> {{ scores[-1] }}.
 
-{% if scores %}![Validation images before and after training](before_after.png)
-{% endif %}
+![Validation images before and after training](before_after.png){% endif %}
+
 ![Reward curve](reward.png)
 
 ## How to use it
@@ -1134,8 +1128,7 @@ MODEL_CARD = """---
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 
-base = "{{ base }}"  # its id on the Hub, or the path of its folder
-trained = "{{ run.repo_id }}"  # likewise, of this model
+base, trained = "{{ base }}", "{{ run.repo_id }}"  # ids on the Hub, or paths of folders
 expert = WanTransformer3DModel.from_pretrained({{ source }}, subfolder="{{ run.expert }}", dtype=torch.bfloat16)
 {% if flags.lora_rank %}expert.load_lora_adapter(trained, weight_name="{{ file }}", use_safetensors=True)
 {% endif %}pipe = WanPipeline.from_pretrained(base, {{ experts }}, dtype=torch.bfloat16).to("cuda")
@@ -1150,25 +1143,24 @@ image = pipe(
 
 | flag | value |
 |---|---|
-{% for name, value in flags | dictsort if value not in (none, false) and name not in hidden %}| `--{{ name }}` | {{
-value }} |
+{% for name, value in flags | dictsort if value not in (none, false) %}| `--{{ name }}` | {{ value }} |
 {% endfor %}
 Method: SRPO, Shen et al. 2025, https://arxiv.org/abs/2509.06942.
 """
 
 
 def save_model_card(run, history, images):
-    """Writes the `README.md` of the output folder: what it is, how to use it, how it was made. `images` is the last
-    folder of validation images, or `None`. Of paths on this machine, a card has the last part only."""
-    flags, rank, base = dict(run.flags), run.flags["lora_rank"], run.flags["pretrained_model_name_or_path"]
-    on_hub = not Path(base).exists()
+    """Writes the `README.md` of the output folder. `images` is the last folder of validation images, or `None`. Of
+    paths on this machine, a card has the last part only."""
+    hidden = "output_dir", "validation_prompts", "cache_dir", "resume_from_checkpoint"
+    flags = {name: value for name, value in run.flags.items() if name not in hidden}
+    on_hub, rank = not Path(flags["pretrained_model_name_or_path"]).exists(), flags["lora_rank"]
     for name, value in flags.items():
-        if name in PATH_FLAGS and value and Path(value).exists():
-            flags[name] = Path(value).resolve().name
-        elif isinstance(value, list | tuple):
+        if isinstance(value, list | tuple):
             flags[name] = shlex.join(map(str, value))
-    base = flags["pretrained_model_name_or_path"]
-    validations = [row for row in history if "validation_relative" in row]
+        elif name in PATH_FLAGS and value and Path(value).exists():
+            flags[name] = Path(value).resolve().name
+    base, validations = flags["pretrained_model_name_or_path"], [row for row in history if "validation_reward" in row]
     data = {"license": "apache-2.0", "library_name": "diffusers", "pipeline_tag": "text-to-image"}
     data["tags"] = ["text-to-image", "diffusers", "wan", "srpo", *(["lora"] if rank else [])]
     if on_hub:
@@ -1177,23 +1169,20 @@ def save_model_card(run, history, images):
         rows, url = json.loads((images / "scores.json").read_text()), f"images/{images.name}"
         data["widget"] = [{"text": row["caption"], "output": {"url": f"{url}/{row['image']}"}} for row in rows]
         result = partial(huggingface_hub.EvalResult, "text-to-image", "prompts", "validation prompts")
-        data["model_name"], model = run.repo_id.split("/")[-1], flags["reward_model"]
-        data["eval_results"] = [
-            result(name, round(row[f"validation_{name}"], 4), metric_name=f"{model}, {name}, {when} training")
-            for when, row in (("before", validations[0]), ("after", validations[-1]))
-            for name in ("reward", "relative")
-        ]
+        data |= {"model_name": run.repo_id.split("/")[-1], "eval_results": []}
+        for when, row in (("before", validations[0]), ("after", validations[-1])):
+            for name in ("reward", "relative"):
+                metric = f"{flags['reward_model']}, {name}, {when} training"
+                data["eval_results"].append(result(name, round(row[f"validation_{name}"], 4), metric_name=metric))
     alone = "transformer=None, transformer_2=expert, boundary_ratio=1.0"
     card = huggingface_hub.ModelCard.from_template(
         huggingface_hub.ModelCardData(**data),
         template_str=MODEL_CARD,
         **{"run": run, "flags": flags, "base": base, "file": LORA_FILE, "source": "base" if rank else "trained"},
-        link=f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{base}`",
         what=f"A LoRA of rank {rank} for `{run.expert}`" if rank else f"`{run.expert}`",
         experts=alone if run.two_experts else f"{run.expert}=expert",
         updates=max((row["step"] for row in history), default=0),
-        scores=[row["validation_relative"] for row in validations],
-        hidden=("output_dir", "validation_prompts", "cache_dir", "resume_from_checkpoint"),
+        scores=[round(row["validation_relative"], 4) for row in validations],
     )
     with written(run.output_dir / "README.md") as file:
         card.save(file)
@@ -1281,13 +1270,6 @@ def number(kind=float, **limits):
     return convert
 
 
-def text(value):
-    """The argparse type of all that is not a number."""
-    if not any(letter.isprintable() and not letter.isspace() for letter in value):
-        raise argparse.ArgumentTypeError("must not be blank")
-    return value
-
-
 def parse_args(input_args=None):
     parser = argparse.ArgumentParser(
         description="Fine-tune the low-noise expert of Wan2.2 for text-to-image with SRPO.",
@@ -1295,7 +1277,6 @@ def parse_args(input_args=None):
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    parser.register("type", None, text)
     count, positive, guidance = number(int, at_least=1), number(above=0), number(at_least=1)
     from_0, share, index = number(at_least=0), number(at_least=0, below=1), number(int, at_least=0)
     grid, ratio, extra = number(int, at_least=2 * POSITION_MARGIN), number(above=0, below=1), number(above=-1)
@@ -1407,6 +1388,9 @@ def check_flags(args, parser):
     positive, negative = ({w.strip().lower() for w in words} for words in (args.positive_words, args.negative_words))
     trackers = ["all", "none", *map(str, get_available_trackers())]
     has_torchao = importlib.util.find_spec("torchao") is not None
+    texts = [each for value in vars(args).values() for each in (value if isinstance(value, list) else [value])]
+    if blank := [each for each in texts if isinstance(each, str) and not each.strip()]:
+        parser.error(f"{blank[0]!r} is blank, so it says nothing. Leave its flag out, or give it a value.")
     multiple = "must be a multiple of `--updates_per_rollout`: rollouts are not saved"
     for wrong, name, why in (
         (
@@ -1445,11 +1429,6 @@ def check_flags(args, parser):
         for name in names.split():
             if pointless and vars(args)[name] != parser.get_default(name):
                 parser.error(f"`--{name}` {why}.")
-
-
-def settings_of(kind, flags):
-    """A named tuple whose fields are flags, from a dict of all flags."""
-    return kind(**{name: flags[name] for name in kind._fields})
 
 
 @contextmanager
@@ -1496,47 +1475,43 @@ def read_model_info(args):
         index = diffusers.WanPipeline.load_config(**source)
         scheduler = diffusers.UniPCMultistepScheduler.load_config(**source, subfolder="scheduler")
         vae = diffusers.AutoencoderKLWan.from_config(diffusers.AutoencoderKLWan.load_config(**source, subfolder="vae"))
-    two_experts = index.get("transformer_2", [None, None])[1] is not None
-    if two_experts != (expert == "transformer_2"):
-        found, name = (
-            ("two experts", "transformer_2") if two_experts else ("no `transformer_2`, only one expert", "transformer")
-        )
-        raise ValueError(f"{flag} has {found}: train it with `--transformer_subfolder {name}`.")
-    boundary_ratio = index.get("boundary_ratio") if two_experts else None
+    two_experts, boundary_ratio = index.get("transformer_2", [None, None])[1] is not None, index.get("boundary_ratio")
+    if expert != EXPERTS[two_experts]:
+        found = "two experts" if two_experts else "no `transformer_2`, only one expert"
+        raise ValueError(f"{flag} has {found}: train it with `--transformer_subfolder {EXPERTS[two_experts]}`.")
     if two_experts and boundary_ratio is None:
         raise ValueError(f"{flag} has no `boundary_ratio` in its model_index.json.")
     with input_error(f"{flag} lacks the model in `{expert}`"), torch.device("meta"):
         config = diffusers.WanTransformer3DModel.load_config(**source, subfolder=expert)
         transformer = diffusers.WanTransformer3DModel.from_config(config)
-    settings = boundary_ratio, index.get("expand_timesteps", False), scheduler.get("flow_shift", 1.0)
-    return ModelInfo(source, expert, *settings, transformer, vae)
+    settings = index.get("expand_timesteps", False), scheduler.get("flow_shift", 1.0)
+    return ModelInfo(source, expert, boundary_ratio if two_experts else None, *settings, transformer, vae)
 
 
 def check_flags_for_model(args, model):
     """Refuses window, sizes and layers of a LoRA that the base model cannot have, and names what it can."""
-    schedule = shift_sigmas(torch.linspace(1, 0, args.num_inference_steps + 1), args.shift)
-    (first, last), boundary = args.train_timestep, model.boundary_ratio
+    steps, (first, last), boundary = args.num_inference_steps, args.train_timestep, model.boundary_ratio
+    schedule = shift_sigmas(torch.linspace(1, 0, steps + 1), args.shift)
     if boundary is not None and schedule[first] > boundary + 1e-6:
-        lowest = int((schedule > boundary + 1e-6).sum())
+        lowest, window = int((schedule > boundary + 1e-6).sum()), f"`--train_timestep {first} {last}`"
         problem = (
-            f"`--train_timestep {first} {last}` starts at sigma {schedule[first]:.3f}, above the boundary {boundary}"
+            f"{window} starts at sigma {schedule[first]:.3f}, above the boundary {boundary} of the low-noise expert"
         )
-        advice = f"largest valid window of this schedule is `--train_timestep {lowest} {args.num_inference_steps}`"
-        raise ValueError(f"{problem} of the low-noise expert, which sees no such noise. The {advice}.")
+        advice = f"largest valid window of this schedule is `--train_timestep {lowest} {steps}`"
+        raise ValueError(f"{problem}, which sees no such noise. The {advice}.")
     if args.rollout_start == "boundary" and boundary is None:
         raise ValueError("`--rollout_start boundary` needs a model of two experts; this one has no boundary.")
     scale, (_, *patch) = model.vae.config.scale_factor_spatial, model.transformer.config.patch_size
     validation = np.lcm(scale * patch[0], 16).item()  # what WanPipeline demands of who paints the same
     for name, multiple in (("height", scale * patch[0]), ("width", scale * patch[1]), ("validation_size", validation)):
-        if (value := getattr(args, name)) < 1 or value % multiple:
+        if (value := getattr(args, name)) % multiple:
             problem = f"`--{name} {value}` must be a multiple of {multiple} for this model"
             raise ValueError(f"{problem}, for example {max(1, round(value / multiple)) * multiple}.")
-    if args.lora_rank is not None:
-        for name in args.lora_target_modules:
-            if not any(f".{layer}".endswith(f".{name}") for layer, _ in model.transformer.named_modules()):
-                raise ValueError(f"`--lora_target_modules`: the transformer has no layer `{name}`.")
-        with input_error("`--lora_target_modules` must name linear layers"), torch.device("meta"):
-            set_up_transformer(copy.deepcopy(model.transformer), args)
+    for name in args.lora_target_modules if args.lora_rank is not None else ():
+        if not any(f".{layer}".endswith(f".{name}") for layer, _ in model.transformer.named_modules()):
+            raise ValueError(f"`--lora_target_modules`: the transformer has no layer `{name}`.")
+    with input_error("`--lora_target_modules` must name linear layers"), torch.device("meta"):
+        set_up_transformer(copy.deepcopy(model.transformer), args)
 
 
 def weight_files(source, subfolder, stem, layer=None):
@@ -1589,12 +1564,10 @@ def check_weights(model, found):
             raise ValueError(f"the weights {what} {len(tensors)} tensors, such as `{min(tensors)}`")
 
 
-def require_finite(model, flag, path):
-    """Refuses a model that was just loaded if one of its weights is NaN or infinite. Returns it."""
-    for name, weight in model.named_parameters():
-        if not weight.isfinite().all():
-            raise ValueError(f"`--{flag} {path}`: the weights of `{name}` are NaN or infinite. Download them again.")
-    return model
+def require_finite(model, flag):
+    """Refuses a model that was just loaded if one of its weights is NaN or infinite; `flag` says whence."""
+    if bad := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
+        raise ValueError(f"{flag}: the weights of `{bad[0]}` are NaN or infinite. Download them again.")
 
 
 def check_model_files(model):
@@ -1617,22 +1590,21 @@ def check_dataset(args, model):
         if split not in dataset or not columns <= set(dataset[split].column_names) or len(dataset[split]) == 0:
             raise ValueError(f"{name} was not made by embed_prompts.py: it lacks rows or columns in `{split}`.")
     with input_error(f"`--pretrained_model_name_or_path {path}` lacks the text encoder to compare {name} with"):
-        fingerprint = weights_fingerprint(model.source, "text_encoder", TRANSFORMERS_STEM, TEXT_ENCODER_LAYER)
+        encoder = weights_fingerprint(model.source, "text_encoder", TRANSFORMERS_STEM, TEXT_ENCODER_LAYER)
     for rows in dataset.values():
-        size = np.asarray(rows[0]["prompt_embeds"]).shape[-1]
         for what, found, expected in (
-            ("embeddings of size", {size}, model.transformer.config.text_dim),
-            ("embeddings of length", set(rows.unique("max_sequence_length")), args.max_sequence_length),
-            ("embeddings of the text encoder", set(rows.unique("text_encoder_fingerprint")), fingerprint),
+            ("size", {np.shape(rows[0]["prompt_embeds"])[-1]}, model.transformer.config.text_dim),
+            ("length", set(rows.unique("max_sequence_length")), args.max_sequence_length),
+            ("the text encoder", set(rows.unique("text_encoder_fingerprint")), encoder),
         ):
             if found != {expected}:
-                found, length = ", ".join(map(str, found)), f"`--max_sequence_length {args.max_sequence_length}`"
-                problem = f"{name} holds {what} {found}, but `{path}` with {length} needs {expected}."
-                raise ValueError(f"{problem} Embed the captions again for this model.")
+                problem = f"{name} holds embeddings of {what} {', '.join(map(str, found))}, but `{path}` with "
+                problem += f"`--max_sequence_length {args.max_sequence_length}` needs {expected}"
+                raise ValueError(f"{problem}. Embed the captions again for this model.")
     captions = {caption for rows in dataset.values() for caption in rows["caption"]}
     if lacking := [prompt for prompt in args.validation_prompts or () if prompt not in captions]:
-        problem = f"`--validation_prompts`: {name} has no embedding of {lacking[0]!r}."
-        raise ValueError(f"{problem} Give it to `embed_prompts.py --validation_prompts`.")
+        problem = f"`--validation_prompts`: {name} has no embedding of {lacking[0]!r}"
+        raise ValueError(f"{problem}. Give it to `embed_prompts.py --validation_prompts`.")
     if args.rollout_start == "boundary":
         rows, wanted = dataset["train"], {**vars(args), "rollout_shift": args.rollout_shift or model.flow_shift}
         lacking = {*BOUNDARY_COLUMNS, "boundary_settings"} - set(rows.column_names)
@@ -1641,9 +1613,19 @@ def check_dataset(args, model):
             raise ValueError(f"{name} has no boundary latents, or rows without; see `embed_prompts.py --help`.")
         for flag, found in ((flag, json.loads(each)[flag]) for each in settings for flag in BOUNDARY_FLAGS):
             if found != wanted[flag]:
-                problem = f"{name} has boundary latents of `--{flag} {found}`, not {wanted[flag]}."
-                raise ValueError(f"{problem} Train with the same, or make others with embed_prompts.py.")
+                problem = f"{name} has boundary latents of `--{flag} {found}`, not {wanted[flag]}"
+                raise ValueError(f"{problem}. Train with the same, or make others with embed_prompts.py.")
     return dataset
+
+
+def check_tokenizer(path, texts, vocab_size):
+    """Refuses a tokenizer without its files, for which transformers would make one that knows no words."""
+    find = partial(transformers.utils.cached_file, path, _raise_exceptions_for_missing_entries=False)
+    if not (find("tokenizer.json") or (find("vocab.json") and find("merges.txt"))):
+        raise ValueError("it has neither `tokenizer.json` nor `vocab.json` and `merges.txt`")
+    tokens = transformers.CLIPProcessor.from_pretrained(path).tokenizer([*texts]).input_ids
+    if len({*map(tuple, tokens)}) < len(texts) or max(map(max, tokens)) >= vocab_size:
+        raise ValueError("its tokenizer is not that of the model, or the same for different control words")
 
 
 def check_reward(args):
@@ -1652,14 +1634,14 @@ def check_reward(args):
     if args.reward_model == "HPS":
         with input_error(f"Without `--reward_model_path`, {HPS_FILE} is needed from the Hub, which failed"):
             path = args.reward_model_path or huggingface_hub.hf_hub_download(HPS_REPOSITORY, HPS_FILE)
-        args.reward_model_path = path
+        args.reward_model_path, flag = path, f"`--reward_model_path {path}`"
         if not Path(path).is_file():
             download = f"hf download {HPS_REPOSITORY} {HPS_FILE} --local-dir ."
-            raise ValueError(f"`--reward_model_path {path}` is not a file. Download it with `{download}`.")
-        with input_error(f"`--reward_model_path {path}` is not a checkpoint with a `state_dict`"):
+            raise ValueError(f"{flag} is not a file. Download it with `{download}`.")
+        with input_error(f"{flag} is not a checkpoint with a `state_dict`"):
             weights = HPSReward.read_weights(path)
             shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-        with input_error(f"`--reward_model_path {path}` is not of the architecture {HPS_ARCHITECTURE}"):
+        with input_error(f"{flag} is not of the architecture {HPS_ARCHITECTURE}"):
             check_weights(HPSReward.empty_model(), shapes)
         return fingerprint(weights[REWARD_LAYER])
     if args.reward_model == "PickScore":
@@ -1668,51 +1650,39 @@ def check_reward(args):
     if (path := args.reward_model_path) is None:
         raise ValueError("`--reward_model CLIP` needs `--reward_model_path`, the folder or Hub id of a CLIPModel.")
     args.reward_processor_path = processor = args.reward_processor_path or path
-    source = {"pretrained_model_name_or_path": path}
+    where = {"pretrained_model_name_or_path": path}, "", TRANSFORMERS_STEM
     with input_error(f"`--reward_model_path {path}` is not the folder or Hub id of a CLIPModel"):
         config = transformers.AutoConfig.from_pretrained(path)
         if config.model_type != "clip":
             raise ValueError(f"it is of type `{config.model_type}`, and {args.reward_model} needs type `clip`")
         with torch.device("meta"):
-            model = transformers.CLIPModel(config)
-        check_weights(model, read_shapes(weight_files(source, "", TRANSFORMERS_STEM)))
-        found = weights_fingerprint(source, "", TRANSFORMERS_STEM, f"{REWARD_LAYER}.weight")
+            check_weights(transformers.CLIPModel(config), read_shapes(weight_files(*where)))
     with input_error(f"`--reward_processor_path {processor}` is not the folder or Hub id of a whole processor"):
-        # Without these files transformers makes a tokenizer of its own, which knows no words.
-        find = partial(transformers.utils.cached_file, processor, _raise_exceptions_for_missing_entries=False)
-        if not (find("tokenizer.json") or (find("vocab.json") and find("merges.txt"))):
-            raise ValueError("it has neither `tokenizer.json` nor `vocab.json` and `merges.txt`")
-        words = {*args.positive_words, *args.negative_words}
-        tokens = transformers.CLIPProcessor.from_pretrained(processor).tokenizer([*words]).input_ids
-        if len({*map(tuple, tokens)}) < len(words) or max(map(max, tokens)) >= config.text_config.vocab_size:
-            raise ValueError(
-                "its tokenizer has not the words of the model, or is the same for different control words"
-            )
-    return found
+        check_tokenizer(processor, {*args.positive_words, *args.negative_words}, config.text_config.vocab_size)
+    return weights_fingerprint(*where, f"{REWARD_LAYER}.weight")
 
 
 def check_output_dir(args):
     """Refuses to write into a folder that is in use for something else, or that holds an input of the run; and a
     checkpoint to resume from that is not there."""
-    output, resume_from = Path(args.output_dir), args.resume_from_checkpoint
-    with input_error(f"`--output_dir {output}` cannot be used"):
+    output, resume_from, flag = Path(args.output_dir), args.resume_from_checkpoint, f"`--output_dir {args.output_dir}`"
+    with input_error(f"{flag} cannot be used"):
         found = {path.name for path in output.iterdir()} if os.path.lexists(output) else set()
-    for flag, path in ((flag, Path(vars(args)[flag] or "").resolve()) for flag in PATH_FLAGS):
-        if path.exists() and vars(args)[flag] and output.resolve() in (path, *path.parents):
-            raise ValueError(f"`--{flag} {path}` lies in `--output_dir {output}`. Choose another folder to write to.")
-    saved = ", ".join(map(str, list_checkpoints(output)))
-    if resume_from not in (None, "latest") and not (
-        Path(resume_from, STATE_FILE).is_file() and resume_from[-1:] != "d"
-    ):
-        problem = f"`--resume_from_checkpoint {resume_from}` is not a complete checkpoint"
-        raise ValueError(f"{problem}; `output_dir` has {saved or 'none'}.")
+    for name in PATH_FLAGS:
+        path = Path(vars(args)[name] or os.devnull).resolve()
+        if path.exists() and output.resolve() in (path, *path.parents):
+            raise ValueError(f"`--{name} {path}` lies in {flag}. Choose another folder to write to.")
+    saved, is_named = list_checkpoints(output), resume_from not in (None, "latest")
+    if is_named and (resume_from.endswith(".unfinished") or not Path(resume_from, STATE_FILE).is_file()):
+        advice = f"`output_dir` has {', '.join(map(str, saved)) or 'none'}"
+        raise ValueError(f"`--resume_from_checkpoint {resume_from}` is not a complete checkpoint; {advice}.")
     if found and MARKER not in found:
-        raise ValueError(f"`--output_dir {output}` is not empty, and not the folder of a run. Choose another.")
+        raise ValueError(f"{flag} is not empty, and not the folder of a run. Choose another.")
     if resume_from == "latest" and not saved and found & {*EXPERTS, LORA_FILE}:
-        raise ValueError(f"`--output_dir {output}` has results, but no checkpoint to resume from. Choose another.")
+        raise ValueError(f"{flag} has results, but no checkpoint to resume from. Choose another.")
     if found - {MARKER} and not (resume_from or args.overwrite_output_dir):
         advice = "continue its run with `--resume_from_checkpoint latest`, or delete it with `--overwrite_output_dir`"
-        raise ValueError(f"`--output_dir {output}` is not empty. Choose another, {advice}.")
+        raise ValueError(f"{flag} is not empty. Choose another, {advice}.")
 
 
 def check_deepspeed(args, config, num_processes):
@@ -1781,7 +1751,7 @@ def make_accelerator(args):
 
 
 def make_run(accelerator, args, model, dtype, dataset, hashes):
-    """The [`Run`] of the flags. What decides its result is flags, data, and models by their `hashes`."""
+    """The [`Run`] of the flags. What decides its result is flags, captions, and models by their `hashes`."""
     engine, masters, bytes_per_weight = "without DeepSpeed", "bf16_master_weights_and_grads", 12
     if accelerator.deepspeed_plugin:
         config = accelerator.deepspeed_plugin.deepspeed_config
@@ -1793,11 +1763,12 @@ def make_run(accelerator, args, model, dtype, dataset, hashes):
     with torch.device("meta"):
         parts = set_up_transformer(copy.deepcopy(model.transformer), args).parameters()
     size = bytes_per_weight * sum(part.numel() for part in parts if part.requires_grad)
-    texts = [list(rows["caption"]) for rows in dataset.values()]
-    texts += [list(rows["boundary_seeds"]) for rows in dataset.values() if "boundary_seeds" in rows.features]
+    texts = json.dumps([list(rows["caption"]) for rows in dataset.values()])
     identity = {"engine": engine, "mixed_precision": accelerator.mixed_precision, **hashes}
-    identity |= {"dataset": hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]}
-    identity |= {"num_processes": accelerator.num_processes}
+    identity |= {
+        "num_processes": accelerator.num_processes,
+        "dataset": hashlib.sha256(texts.encode()).hexdigest()[:16],
+    }
     identity |= {name: value for name, value in vars(args).items() if name not in (*FREE_FLAGS, *PATH_FLAGS)}
     if not args.lr_scheduler.startswith("constant"):
         identity["max_train_steps"] = args.max_train_steps
@@ -1806,9 +1777,7 @@ def make_run(accelerator, args, model, dtype, dataset, hashes):
 
 
 def create_repository(run):
-    """Makes the repository on the Hub, if results are to be pushed. Returns the [`Run`] with its full name."""
-    if not run.flags["push_to_hub"]:
-        return run
+    """Makes the repository on the Hub that results are pushed to. Returns the [`Run`] with its full name."""
     options = {"private": run.flags["hub_private_repo"], "exist_ok": True}
     with input_error(f"`--push_to_hub` cannot create `{run.repo_id}`; see `--hub_model_id`, and `hf auth whoami`"):
         return run._replace(repo_id=with_retries(lambda: huggingface_hub.create_repo(run.repo_id, **options)).repo_id)
@@ -1824,13 +1793,10 @@ def remember_signal(received, speaks, number, _frame):
     """What a signal does. Before the first update, when `received` is empty, it ends the run; later the update at hand
     is finished and saved first, except that a second Ctrl-C ends the run at once, as if it were killed."""
     again = number == signal.SIGINT in received
-    what = "the update at hand will be finished and saved. Ctrl-C again ends the run at once."
-    if again or not received:
-        what = "the run has ended at once, and its checkpoints are whole."
+    what = "the update at hand will be finished and saved; Ctrl-C again ends at once"
+    message = f"\n{signal.Signals(number).name}: {'the run has ended' if again or not received else what}.\n"
     if speaks:
-        os.write(
-            sys.stderr.fileno(), f"\n{signal.Signals(number).name}: {what}\n".encode()
-        )  # a handler must not print
+        os.write(sys.stderr.fileno(), message.encode())  # a handler must not print
     if again:
         os._exit(128 + number)
     if not received:
@@ -1858,14 +1824,15 @@ def set_up_transformer(transformer, args):
 def load_models(accelerator, args, model, dtypes, negative_prompt_embeds):
     """The [`Models`] of the flags; see [`choose_dtypes`] for `dtypes`."""
     device, (weight_dtype, transformer_dtype) = accelerator.device, dtypes
-    where = "pretrained_model_name_or_path", args.pretrained_model_name_or_path
     vae = diffusers.AutoencoderKLWan.from_pretrained(**model.source, subfolder="vae", dtype=weight_dtype)
-    flatten_vae(require_finite(vae, *where)).requires_grad_(False).eval().to(device)
     options = {"device": device, "dtype": torch.bfloat16 if args.reward_dtype == "bf16" else torch.float32}
     kind = HPSReward if args.reward_model == "HPS" else partial(CLIPReward, processor_path=args.reward_processor_path)
-    reward = require_finite(kind(args.reward_model_path, **options), "reward_model_path", args.reward_model_path)
+    reward = kind(args.reward_model_path, **options)
     expert = {**model.source, "subfolder": model.expert, "dtype": transformer_dtype}
-    transformer = require_finite(diffusers.WanTransformer3DModel.from_pretrained(**expert), *where)
+    transformer = diffusers.WanTransformer3DModel.from_pretrained(**expert)
+    for flag, module in zip((*PATH_FLAGS[:1] * 2, "reward_model_path"), (vae, transformer, reward), strict=True):
+        require_finite(module, f"`--{flag} {vars(args)[flag]}`")
+    flatten_vae(vae).requires_grad_(False).eval().to(device)
     torch.manual_seed(args.seed)  # all processes make the same LoRA
     keep_rotary_tables(set_up_transformer(transformer, args), device)
     scheduler = make_scheduler(args.rollout_scheduler, args.rollout_shift or model.flow_shift)
@@ -1905,22 +1872,22 @@ def make_validation(args, dataset, collate, model):
 def skip_update(accelerator, recipe, rollouts, run, state):
     """Names captions and noise levels of an update that was left out because loss or gradient was not finite, in
     `train.log` and in a file. Ends the program if there were too many."""
-    state.skipped, rows = state.skipped + 1, []
+    state.skipped, rows, file = state.skipped + 1, [], run.output_dir / SKIPPED_FILE
     for rollout in rollouts:
         branches = plan_update(recipe, state.step - 1, rollout.samples).branches
         levels = {each.name: [each.sigma_from.tolist(), each.sigma_to.tolist()] for each in branches}
-        rows.append(json.dumps({"step": state.step, "captions": rollout.captions, **levels}))
-    rows = gather_object(rows)
+        rows.append(json.dumps({"step": state.step, "captions": rollout.captions, **levels}) + "\n")
+    lines = "".join(gather_object(rows))
     if accelerator.is_main_process:
-        with (run.output_dir / SKIPPED_FILE).open("a") as file:
-            file.writelines(f"{row}\n" for row in rows)
+        with file.open("a") as stream:
+            stream.write(lines)
     problem = f"update {state.step} was skipped, because its loss or gradient is NaN or infinite"
     logger.warning(f"{problem}. Its captions and noise levels are in {SKIPPED_FILE} and train.log.")
-    logger.debug("\n".join(rows))
+    logger.debug(lines)
     if state.skipped >= run.flags["max_skipped_updates"]:
         last = (list_checkpoints(run.output_dir) or ["the base model"])[-1]
-        problem += f". It is number {state.skipped} (`--max_skipped_updates`). See {run.output_dir / SKIPPED_FILE}"
-        raise SystemExit(f"error: {problem}. The last good state is {last}.")
+        limit = f"{state.skipped} in all, the limit of `--max_skipped_updates`; see {file}"
+        raise SystemExit(f"error: {problem}: {limit}. The last good state is {last}.")
 
 
 def gather_means(accelerator, metrics, received):
@@ -1932,17 +1899,10 @@ def gather_means(accelerator, metrics, received):
     return dict(zip(metrics, means, strict=True)), int(received)
 
 
-def log_update(accelerator, logs, state):
-    """Writes the figures of an update into the history of the run, trackers and `train.log`."""
-    state.history.append({"step": state.step, **logs})
-    accelerator.log(logs, step=state.step)
-    logger.debug(f"step {state.step}: " + ", ".join(f"{name} {value:.5g}" for name, value in logs.items()))
-
-
 def log_summary(run, state):
     """Says what came of a run, and where it is."""
-    scores = [row["validation_relative"] for row in state.history if "validation_relative" in row]
-    change = f", relative reward {scores[0]:.4f} -> {scores[-1]:.4f}" if scores else ""
+    scores = [f"{row['validation_relative']:.4f}" for row in state.history if "validation_relative" in row]
+    change = f", relative reward {scores[0]} -> {scores[-1]}" if scores else ""
     logger.info(f"Finished: {state.step} updates, {state.skipped} of them skipped{change}.")
     logger.info(f"Results are in {run.output_dir}: see README.md, reward.png{', before_after.png' if scores else ''}.")
 
@@ -1972,8 +1932,9 @@ def main(args):
             run = make_run(accelerator, args, model, dtypes[0], dataset, hashes)
             checkpoint, state = find_checkpoint(accelerator, run)
             if accelerator.is_main_process:
-                held.enter_context(claim_output_dir(run))
-                run = create_repository(run)
+                size = 0 if args.overwrite_output_dir else run.checkpoint_size  # overwriting makes room
+                held.enter_context(claim_output_dir(run.output_dir, size))
+                run = create_repository(run) if args.push_to_hub else run
             accelerator.wait_for_everyone()
             # 2. Load models and data. Captions were encoded before, so the text encoder stays on disk.
             collate = partial(collate_fn, max_sequence_length=args.max_sequence_length, dtype=dtypes[1])
@@ -2016,11 +1977,9 @@ def main(args):
         batches = load_batches(sampler, rows, collate, device, args.dataloader_num_workers)
         held.callback(batches.close)  # ends the processes that load data, which ignore all signals
         samples_per_update = args.train_batch_size * accelerator.num_processes * accumulation
-        logger.info("***** Running training *****")
-        logger.info(f"  Num captions = {len(rows)}")
-        logger.info(f"  Total train batch size (w. parallel, distributed & accumulation) = {samples_per_update}")
-        logger.info(f"  Total optimization steps = {args.max_train_steps}")
-        logger.info(f"  Trained noise levels = {recipe.train_sigmas[0]:.3f} to {recipe.train_sigmas[-1]:.3f}")
+        window = f"noise levels {recipe.train_sigmas[0]:.3f} to {recipe.train_sigmas[-1]:.3f}"
+        size = f"{samples_per_update} captions of {len(rows)}, on {window}"
+        logger.info(f"Training from update {state.step} to {args.max_train_steps}, each with {size}")
         progress_bar = tqdm(total=args.max_train_steps, initial=state.step, desc="Steps")
         # A signal is remembered, so that the update at hand is finished and saved before the run ends.
         signals.append(0)
@@ -2046,7 +2005,9 @@ def main(args):
             lr_scheduler.step()
             state.step += 1
             if np.isfinite(list(logs.values())).all():
-                log_update(accelerator, logs, state)
+                state.history.append({"step": state.step, **logs})
+                accelerator.log(logs, step=state.step)
+                logger.debug(f"step {state.step}: " + ", ".join(f"{name} {logs[name]:.5g}" for name in logs))
                 progress_bar.set_postfix(loss=f"{logs['loss']:.4f}", reward=f"{logs['reward_positive']:.4f}")
             else:
                 skip_update(accelerator, recipe, rollouts, run, state)
