@@ -108,8 +108,8 @@ PATH_FLAGS = ("pretrained_model_name_or_path", "dataset_name", "reward_model_pat
 FREE_FLAGS = """revision variant cache_dir dataloader_num_workers max_train_steps max_skipped_updates validation_steps
     gradient_checkpointing output_dir overwrite_output_dir checkpointing_steps checkpoints_total_limit allow_changes
     resume_from_checkpoint logging_dir report_to push_to_hub hub_model_id hub_private_repo hub_strategy""".split()
-PINNED = """engine mixed_precision num_processes base_model transformer_subfolder optimizer lora_rank lora_alpha
-    lora_target_modules""".split()
+PINNED = """engine mixed_precision num_processes base_model transformer_subfolder optimizer updates_per_rollout
+    lora_rank lora_alpha lora_target_modules""".split()
 # What DeepSpeed's checkpoints hold beside tensors and plain values.
 DEEPSPEED_CLASSES = """deepspeed.runtime.fp16.loss_scaler:LossScaler deepspeed.runtime.zero.config:ZeroStageEnum
     deepspeed.utils.tensor_fragment:fragment_address""".split()
@@ -960,7 +960,7 @@ def begin_output(run):
 
 
 def list_checkpoints(output_dir):
-    """The checkpoints in a folder in the order in which they were saved, which a copy keeps; an unreadable one is last."""
+    """The checkpoints in a folder, in the order in which they were saved; one that cannot be read is the last."""
 
     def saved(folder):
         with suppress(OSError, ValueError, TypeError, LookupError):
@@ -1036,10 +1036,7 @@ def read_state(folder):
         numbers += [content["global_step"], content["skipped"]]
         if not {*map(type, numbers)} <= {int, float} or content["expert"] not in EXPERTS:
             raise ValueError("it does not hold what this script writes")
-        return {
-            name: content[name]
-            for name in ("global_step", "skipped", "history", "run", "expert", "config", "lora", "dtype")
-        }
+        return {name: content[name] for name in "global_step skipped history run expert config lora dtype".split()}
 
 
 def find_checkpoint(accelerator, run):
@@ -1059,17 +1056,15 @@ def find_checkpoint(accelerator, run):
         advice = f"the newest whole one is `--resume_from_checkpoint {whole}`" if whole else "no other is whole"
         raise ValueError(f"{folder} is damaged: its files are not those of its {CHECKSUMS}; {advice}.")
     content, new = read_state(folder), json.loads(json.dumps(run.identity))
-    old, step = content["run"], content["global_step"]
+    old = content["run"]
     changed = [name for name in new if old.get(name) != new[name]]
-    problem = "; ".join(f"{name}: {old.get(name)}, which is now {new[name]}" for name in changed)
-    problem = f"{folder} was made with another {problem}. Use the same, or"
-    if set(changed) & set(PINNED):
-        raise ValueError(f"{problem} start a new run.")
-    if changed and not flags["allow_changes"]:
-        raise ValueError(f"{problem} add `--allow_changes`.")
-    if step > flags["max_train_steps"] or step % flags["updates_per_rollout"]:
-        raise ValueError(f"{folder} is beyond `--max_train_steps`, or amid the updates of a rollout.")
-    return folder, RunState(step, content["skipped"], content["history"])
+    ways = ["start a new run"] if set(changed) & set(PINNED) else ["start a new run", "add `--allow_changes`"]
+    if changed and not (flags["allow_changes"] and len(ways) == 2):
+        changes = "; ".join(f"{name}: {old.get(name)}, which is now {new[name]}" for name in changed)
+        raise ValueError(f"{folder} was made with another {changes}. Use the same, or {', or '.join(ways)}.")
+    if content["global_step"] > flags["max_train_steps"]:
+        raise ValueError(f"{folder} is beyond `--max_train_steps {flags['max_train_steps']}`.")
+    return folder, RunState(content["global_step"], content["skipped"], content["history"])
 
 
 @contextmanager
@@ -1225,19 +1220,19 @@ def start_upload(run, step):
     """Uploads the output folder without its checkpoints, in the background and one upload after the other, so that no
     process waits for it. Returns a `Future`. If it fails, the folder is whole and a message says how to repeat it."""
     ignored, logs = ["checkpoint-*", "*.unfinished", MARKER], run.flags["logging_dir"]
-    by_branch = run.flags["hub_strategy"] == "branch" and step < run.flags["max_train_steps"]
-    branch = f"step-{step}" if by_branch else None
+    apart = run.flags["hub_strategy"] == "branch" and step < run.flags["max_train_steps"]
     discard(frozen := run.output_dir / f"upload-{step}.unfinished")
 
     def copy(source, target):  # the run replaces files of weights by new ones, so a link keeps the old
         (os.link if source.endswith(".safetensors") else shutil.copy2)(source, target)
 
     def upload():
-        options = {"folder_path": frozen, "commit_message": f"After {step} updates", "revision": branch}
+        hub = {"repo_id": run.repo_id, "revision": f"step-{step}" if apart else None}
+        content = {"folder_path": frozen, "commit_message": f"After {step} updates"}
         try:
-            if by_branch:
-                with_retries(lambda: huggingface_hub.create_branch(run.repo_id, branch=branch, exist_ok=True))
-            with_retries(lambda: huggingface_hub.upload_folder(repo_id=run.repo_id, **options))
+            if apart:
+                with_retries(lambda: huggingface_hub.create_branch(run.repo_id, branch=hub["revision"], exist_ok=True))
+            with_retries(lambda: huggingface_hub.upload_folder(**hub, **content))
         except Exception as error:  # whatever it was, the run goes on and its files are safe
             exclude = [word for pattern in (*ignored, f"{logs}/*") for word in ("--exclude", pattern)]
             command = shlex.join(["hf", "upload", run.repo_id, str(run.output_dir), ".", *exclude])
@@ -1384,36 +1379,26 @@ def parse_args(input_args=None):
 
 def check_flags(args, parser):
     """Refuses flags that contradict each other, or that mean nothing beside the others."""
-    (first, last), reuses, steps = args.train_timestep, args.updates_per_rollout, args.num_inference_steps
+    (first, last), reuses, steps = args.train_timestep, args.updates_per_rollout, args.max_train_steps
     positive, negative = ({w.strip().lower() for w in words} for words in (args.positive_words, args.negative_words))
     trackers = ["all", "none", *map(str, get_available_trackers())]
-    has_torchao = importlib.util.find_spec("torchao") is not None
-    texts = [each for value in vars(args).values() for each in (value if isinstance(value, list) else [value])]
-    if blank := [each for each in texts if isinstance(each, str) and not each.strip()]:
-        parser.error(f"{blank[0]!r} is blank, so it says nothing. Leave its flag out, or give it a value.")
-    multiple = "must be a multiple of `--updates_per_rollout`: rollouts are not saved"
+    no_torchao, multiple = importlib.util.find_spec("torchao") is None, "must be a multiple of `--updates_per_rollout`"
+    texts = {name: value if isinstance(value, list | tuple) else [value] for name, value in vars(args).items()}
+    blank = [name for name, values in texts.items() if any(isinstance(v, str) and not v.strip() for v in values)]
     for wrong, name, why in (
-        (
-            not first < last <= steps,
-            "train_timestep",
-            f"must be two growing steps of the {steps} `--num_inference_steps`",
-        ),
+        (blank, (blank or [None])[0], "must not be blank"),
+        (not first < last <= args.num_inference_steps, "train_timestep", "must grow, up to `--num_inference_steps`"),
         (args.checkpointing_steps % reuses, "checkpointing_steps", multiple),
-        (args.max_train_steps % reuses, "max_train_steps", multiple),
-        (positive & negative, "positive_words", "and `--negative_words` share a word, which cancels itself"),
-        (args.lr_warmup_steps > args.max_train_steps, "lr_warmup_steps", "must be at most `--max_train_steps`"),
-        (
-            Path(args.logging_dir).name != args.logging_dir,
-            "logging_dir",
-            "must be a name in `--output_dir`, not a path",
-        ),
+        (steps % reuses, "max_train_steps", multiple),
+        (positive & negative, "positive_words", "has a word of `--negative_words`, which has no meaning"),
+        (args.lr_warmup_steps > steps, "lr_warmup_steps", f"must be at most `--max_train_steps {steps}`"),
+        (Path(args.logging_dir).name != args.logging_dir, "logging_dir", "must be a name, not a path"),
         (args.report_to not in trackers, "report_to", f"needs `pip install {args.report_to}`"),
-        (args.optimizer == "adamw_8bit" and not has_torchao, "optimizer", "needs torchao: run `pip install torchao`"),
+        (args.optimizer == "adamw_8bit" and no_torchao, "optimizer", "needs `pip install torchao`"),
         (args.push_to_hub and not huggingface_hub.get_token(), "push_to_hub", "needs `hf auth login` or HF_TOKEN"),
     ):
         if wrong:
-            value = vars(args)[name]
-            parser.error(f"`--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}` {why}.")
+            parser.error(f"`--{name} {' '.join(map(str, texts[name]))}` {why}.")
     for pointless, names, why in (
         (args.lora_rank is None, "lora_alpha lora_dropout lora_target_modules base_weights", "needs `--lora_rank`"),
         (reuses == 1, "renew_noise", "needs `--updates_per_rollout` above 1"),
@@ -1687,12 +1672,11 @@ def check_output_dir(args):
 
 def check_deepspeed(args, config, num_processes):
     """Refuses a DeepSpeed file that contradicts the flags, and flags that DeepSpeed cannot follow."""
-    needs = "needs a configuration without DeepSpeed, which"
-    if args.optimizer == "adamw_8bit":
-        cause = "joins all weights into one vector, of a size that torchao leaves in float32"
-        raise ValueError(f"`--optimizer adamw_8bit` {needs} {cause}.")
-    if args.base_weights == "fp8":
-        raise ValueError(f"`--base_weights fp8` {needs} casts all weights alike.")
+    if args.optimizer == "adamw_8bit" or args.base_weights == "fp8":
+        problem = (
+            "`--optimizer adamw_8bit` and `--base_weights fp8` need a configuration without DeepSpeed, which joins"
+        )
+        raise ValueError(f"{problem} and casts all weights alike.")
     if args.compile and config["zero_optimization"]["stage"] == 3:
         raise ValueError("`--compile` needs whole weights; under ZeRO-3 they come and go while a block runs.")
     if section := {"optimizer", "scheduler"} & config.keys():
@@ -1714,29 +1698,33 @@ def make_accelerator(args):
     """The [`Accelerator`] of the run, with DeepSpeed's settings filled in from the flags. Sets up libraries, too."""
     diffusers.utils.check_min_version("0.40.0")
     console = logging.StreamHandler(DummyTqdmFile(sys.stderr))  # above the bars
-    logging.basicConfig(format=LOG_FORMAT, datefmt="%m/%d/%Y %H:%M:%S", handlers=[console])
     console.setLevel(logging.INFO)
+    logging.basicConfig(format=LOG_FORMAT, datefmt="%m/%d/%Y %H:%M:%S", handlers=[console])
     logger.setLevel(logging.DEBUG)
-    transformers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.set_verbosity_error()
+    for library in (transformers, diffusers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
     set_seed(args.seed)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
         torch.use_deterministic_algorithms(True)
-        torch.backends.cuda.enable_mem_efficient_sdp(False)  # attention whose gradient is not
+        torch.backends.cuda.enable_mem_efficient_sdp(False)  # attention whose gradient is not deterministic
         torch.backends.cuda.enable_cudnn_sdp(False)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     on_cpu, uses_deepspeed = not torch.accelerator.is_available(), os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     # The others wait while one process downloads or writes a model. On CPUs DeepSpeed must not look for NCCL.
     group = {"timeout": timedelta(hours=2), **({"backend": "gloo"} if on_cpu and uses_deepspeed else {})}
-    options = {"cpu": on_cpu and not uses_deepspeed, "kwargs_handlers": [InitProcessGroupKwargs(**group)]}
-    options["project_config"] = ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir)))
-    options["gradient_accumulation_steps"] = args.gradient_accumulation_steps
-    options["step_scheduler_with_optimizer"] = False  # the learning rate follows updates, not updates times processes
     file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     with input_error(f"`accelerate launch` and its configuration files (DeepSpeed: `{file}`) cannot be used together"):
-        accelerator = Accelerator(log_with=None if args.report_to == "none" else args.report_to, **options)
+        accelerator = Accelerator(
+            log_with=None if args.report_to == "none" else args.report_to,
+            cpu=on_cpu and not uses_deepspeed,
+            kwargs_handlers=[InitProcessGroupKwargs(**group)],
+            project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir))),
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            step_scheduler_with_optimizer=False,  # the rate follows updates, not updates times processes
+        )
     if accelerator.mixed_precision == "fp16":
         raise ValueError("`mixed_precision: fp16` is too narrow for Wan's transformer. Use bf16.")
     if accelerator.deepspeed_plugin:
@@ -1872,22 +1860,21 @@ def make_validation(args, dataset, collate, model):
 def skip_update(accelerator, recipe, rollouts, run, state):
     """Names captions and noise levels of an update that was left out because loss or gradient was not finite, in
     `train.log` and in a file. Ends the program if there were too many."""
-    state.skipped, rows, file = state.skipped + 1, [], run.output_dir / SKIPPED_FILE
+    state.skipped, rows = state.skipped + 1, []
     for rollout in rollouts:
         branches = plan_update(recipe, state.step - 1, rollout.samples).branches
         levels = {each.name: [each.sigma_from.tolist(), each.sigma_to.tolist()] for each in branches}
         rows.append(json.dumps({"step": state.step, "captions": rollout.captions, **levels}) + "\n")
-    lines = "".join(gather_object(rows))
+    rows, file = gather_object(rows), run.output_dir / SKIPPED_FILE
+    problem = f"Update {state.step} is skipped: its loss or gradient is NaN or infinite. See {file}"
+    logger.warning(f"{problem}.")
     if accelerator.is_main_process:
+        logger.debug(rows)
         with file.open("a") as stream:
-            stream.write(lines)
-    problem = f"update {state.step} was skipped, because its loss or gradient is NaN or infinite"
-    logger.warning(f"{problem}. Its captions and noise levels are in {SKIPPED_FILE} and train.log.")
-    logger.debug(lines)
+            stream.writelines(rows)
     if state.skipped >= run.flags["max_skipped_updates"]:
         last = (list_checkpoints(run.output_dir) or ["the base model"])[-1]
-        limit = f"{state.skipped} in all, the limit of `--max_skipped_updates`; see {file}"
-        raise SystemExit(f"error: {problem}: {limit}. The last good state is {last}.")
+        raise SystemExit(f"error: {problem}, and `--max_skipped_updates`. The last good state is {last}.")
 
 
 def gather_means(accelerator, metrics, received):
