@@ -113,6 +113,7 @@ PINNED = """engine mixed_precision num_processes base_model transformer_subfolde
 # What DeepSpeed's checkpoints hold beside tensors and plain values.
 DEEPSPEED_CLASSES = """deepspeed.runtime.fp16.loss_scaler:LossScaler deepspeed.runtime.zero.config:ZeroStageEnum
     deepspeed.utils.tensor_fragment:fragment_address""".split()
+MODEL_CARD = Path(__file__).with_name("model_card_template.md").read_text()
 # First words of the names of files of weights, and the layers by whose weights a model is identified.
 DIFFUSERS_STEM, TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
 TRANSFORMER_LAYER, TEXT_ENCODER_LAYER = "blocks.0.attn1.to_q.weight", "encoder.final_layer_norm.weight"
@@ -925,24 +926,24 @@ def written(path, size=1e6):
 @contextmanager
 def claim_output_dir(folder, size):
     """Makes the output folder and holds its lock, which the kernel releases however the process ends. `ValueError` if
-    another process holds it; ends the program if less than `size` bytes are free. If nothing was written to `run.json`
-    in the end, the folder is as before."""
+    another process holds it. If nothing was written to the marker in the end, the folder is as before."""
     marker, made = folder / MARKER, [each for each in (folder, *folder.parents) if not each.exists()]
     with input_error(f"`--output_dir {folder}` cannot be written, or another run is writing to it; choose another"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = marker.open("a")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    try:
+    with lock:
         for leftover in (*folder.glob("*.unfinished"), *folder.glob("*/*.unfinished")):
             discard(leftover)
-        if shutil.disk_usage(folder).free < size:
-            raise full_disk(folder, size)
-        yield
-    finally:
-        if marker.stat().st_size == 0:
-            for remove in (marker.unlink, *(each.rmdir for each in made)):
-                remove()
-        lock.close()
+        try:
+            if shutil.disk_usage(folder).free < size:
+                raise full_disk(folder, size)
+            yield
+        finally:
+            if marker.stat().st_size == 0:
+                marker.unlink()
+                for each in made:
+                    each.rmdir()
 
 
 def begin_output(run):
@@ -1005,15 +1006,16 @@ def save_checkpoint(accelerator, transformer, run, state):
     with written(folder, run.checkpoint_size) if main else nullcontext(Path(f"{folder.resolve()}.unfinished")) as new:
         if main:
             bare, dtype = accelerator.unwrap_model(transformer), str(run.dtype).removeprefix("torch.")
-            content = {"saved": time.time(), "global_step": state.step, "skipped": state.skipped}
-            content |= {"history": state.history, "run": run.identity, "expert": run.expert, "dtype": dtype}
-            new.mkdir()
+            content = {"saved": time.time(), "global_step": state.step, "skipped": state.skipped, "dtype": dtype}
+            content |= {"history": state.history, "run": run.identity, "expert": run.expert}
             content |= {"config": dict(bare.config), "lora": lora_metadata(bare)}
+            new.mkdir()
             (new / STATE_FILE).write_text(json.dumps(content))
         accelerator.wait_for_everyone()
         # Frozen weights are those of the base model: without DeepSpeed, `keep_lora_only` leaves them out.
-        options = {"exclude_frozen_parameters": True} if accelerator.deepspeed_plugin else {}
-        accelerator.save_state(str(new), **options)
+        accelerator.save_state(
+            str(new), **({"exclude_frozen_parameters": True} if accelerator.deepspeed_plugin else {})
+        )
         # Every draw is a function of the seed, so the pickled states of generators are of no use.
         (new / f"random_states_{accelerator.process_index}.pkl").unlink()
         accelerator.wait_for_everyone()
@@ -1052,16 +1054,14 @@ def find_checkpoint(accelerator, run):
     if folder is None:
         return None, RunState()
     if not is_whole(folder):
-        whole = next(filter(is_whole, saved[::-1]), None)
-        advice = f"the newest whole one is `--resume_from_checkpoint {whole}`" if whole else "no other is whole"
-        raise ValueError(f"{folder} is damaged: its files are not those of its {CHECKSUMS}; {advice}.")
+        whole = next(filter(is_whole, saved[::-1]), "none")
+        raise ValueError(f"{folder} is damaged: {CHECKSUMS} in it lists other files. The newest whole one is {whole}.")
     content, new = read_state(folder), json.loads(json.dumps(run.identity))
-    old = content["run"]
-    changed = [name for name in new if old.get(name) != new[name]]
-    ways = ["start a new run"] if set(changed) & set(PINNED) else ["start a new run", "add `--allow_changes`"]
-    if changed and not (flags["allow_changes"] and len(ways) == 2):
-        changes = "; ".join(f"{name}: {old.get(name)}, which is now {new[name]}" for name in changed)
-        raise ValueError(f"{folder} was made with another {changes}. Use the same, or {', or '.join(ways)}.")
+    changes = {name: f"{name}: {content['run'].get(name)}, which is now {new[name]}" for name in new}
+    changes = {name: text for name, text in changes.items() if content["run"].get(name) != new[name]}
+    advice = "start a new run" if changes.keys() & set(PINNED) else "start a new run, or add `--allow_changes`"
+    if changes and not (flags["allow_changes"] and advice.endswith("`")):
+        raise ValueError(f"{folder} was made with another {'; '.join(changes.values())}. Use the same, or {advice}.")
     if content["global_step"] > flags["max_train_steps"]:
         raise ValueError(f"{folder} is beyond `--max_train_steps {flags['max_train_steps']}`.")
     return folder, RunState(content["global_step"], content["skipped"], content["history"])
@@ -1104,58 +1104,17 @@ def save_weights(weights, output_dir, expert, config, lora):
     return path
 
 
-MODEL_CARD = """---
-{{ card_data }}
----
-
-# SRPO fine-tuning of {{ base }}
-
-{{ what }} of {{ base }}, fine-tuned for text-to-image with SRPO on the reward of {{ flags.reward_model }}:
-{{ updates }} updates{% if scores %}, relative reward {{ scores[0] }} -> {{ scores[-1] }}.
-
-![Validation images before and after training](before_after.png){% endif %}
-
-![Reward curve](reward.png)
-
-## How to use it
-
-```python
-import torch
-from diffusers import WanPipeline, WanTransformer3DModel
-
-base, trained = "{{ base }}", "{{ run.repo_id }}"  # ids on the Hub, or paths of folders
-expert = WanTransformer3DModel.from_pretrained({{ source }}, subfolder="{{ run.expert }}", dtype=torch.bfloat16)
-{% if flags.lora_rank %}expert.load_lora_adapter(trained, weight_name="{{ file }}", use_safetensors=True)
-{% endif %}pipe = WanPipeline.from_pretrained(base, {{ experts }}, dtype=torch.bfloat16).to("cuda")
-image = pipe(
-    "a red fox in the snow", num_frames=1, height={{ flags.validation_size }}, width={{ flags.validation_size }},
-    num_inference_steps={{ flags.num_inference_steps }}, guidance_scale={{ flags.validation_guidance_scale }},
-    max_sequence_length={{ flags.max_sequence_length }}, output_type="pil",
-).frames[0][0]
-```
-
-## Training settings
-
-| flag | value |
-|---|---|
-{% for name, value in flags | dictsort if value not in (none, false) %}| `--{{ name }}` | {{ value }} |
-{% endfor %}
-Method: SRPO, Shen et al. 2025, https://arxiv.org/abs/2509.06942.
-"""
-
-
 def save_model_card(run, history, images):
     """Writes the `README.md` of the output folder. `images` is the last folder of validation images, or `None`. Of
     paths on this machine, a card has the last part only."""
-    hidden = "output_dir", "validation_prompts", "cache_dir", "resume_from_checkpoint"
-    flags = {name: value for name, value in run.flags.items() if name not in hidden}
-    on_hub, rank = not Path(flags["pretrained_model_name_or_path"]).exists(), flags["lora_rank"]
+    flags, rank, base = dict(run.flags), run.flags["lora_rank"], run.flags["pretrained_model_name_or_path"]
+    on_hub, validations = not Path(base).exists(), [row for row in history if "validation_reward" in row]
     for name, value in flags.items():
         if isinstance(value, list | tuple):
             flags[name] = shlex.join(map(str, value))
         elif name in PATH_FLAGS and value and Path(value).exists():
             flags[name] = Path(value).resolve().name
-    base, validations = flags["pretrained_model_name_or_path"], [row for row in history if "validation_reward" in row]
+    base = flags["pretrained_model_name_or_path"]
     data = {"license": "apache-2.0", "library_name": "diffusers", "pipeline_tag": "text-to-image"}
     data["tags"] = ["text-to-image", "diffusers", "wan", "srpo", *(["lora"] if rank else [])]
     if on_hub:
@@ -1163,22 +1122,17 @@ def save_model_card(run, history, images):
     if images is not None:
         rows, url = json.loads((images / "scores.json").read_text()), f"images/{images.name}"
         data["widget"] = [{"text": row["caption"], "output": {"url": f"{url}/{row['image']}"}} for row in rows]
-        result = partial(huggingface_hub.EvalResult, "text-to-image", "prompts", "validation prompts")
         data |= {"model_name": run.repo_id.split("/")[-1], "eval_results": []}
         for when, row in (("before", validations[0]), ("after", validations[-1])):
             for name in ("reward", "relative"):
+                result = ("text-to-image", "prompts", "validation prompts", name, round(row[f"validation_{name}"], 4))
                 metric = f"{flags['reward_model']}, {name}, {when} training"
-                data["eval_results"].append(result(name, round(row[f"validation_{name}"], 4), metric_name=metric))
-    alone = "transformer=None, transformer_2=expert, boundary_ratio=1.0"
-    card = huggingface_hub.ModelCard.from_template(
-        huggingface_hub.ModelCardData(**data),
-        template_str=MODEL_CARD,
-        **{"run": run, "flags": flags, "base": base, "file": LORA_FILE, "source": "base" if rank else "trained"},
-        what=f"A LoRA of rank {rank} for `{run.expert}`" if rank else f"`{run.expert}`",
-        experts=alone if run.two_experts else f"{run.expert}=expert",
-        updates=max((row["step"] for row in history), default=0),
-        scores=[round(row["validation_relative"], 4) for row in validations],
-    )
+                data["eval_results"].append(huggingface_hub.EvalResult(*result, metric_name=metric))
+    facts = {"run": run, "flags": flags, "base": base, "rank": rank, "on_hub": on_hub}
+    facts["updates"] = max((row["step"] for row in history), default=0)
+    facts["scores"] = [row["validation_relative"] for row in validations]
+    card_data = huggingface_hub.ModelCardData(**data)
+    card = huggingface_hub.ModelCard.from_template(card_data, template_str=MODEL_CARD, **facts)
     with written(run.output_dir / "README.md") as file:
         card.save(file)
 
@@ -1740,23 +1694,18 @@ def make_accelerator(args):
 
 def make_run(accelerator, args, model, dtype, dataset, hashes):
     """The [`Run`] of the flags. What decides its result is flags, captions, and models by their `hashes`."""
-    engine, masters, bytes_per_weight = "without DeepSpeed", "bf16_master_weights_and_grads", 12
+    engine, bytes_per_weight = "without DeepSpeed", 4.1 if args.optimizer == "adamw_8bit" else 12
     if accelerator.deepspeed_plugin:
-        config = accelerator.deepspeed_plugin.deepspeed_config
-        zero, has_masters = config["zero_optimization"], config.get("bf16", {}).get(masters, False)
-        options = [name for name in ("offload_param", "offload_optimizer") if name in zero]
-        engine = ", ".join([f"ZeRO-{zero['stage']}", *options, *([masters] if has_masters else [])])
-        bytes_per_weight = 8 if has_masters else 14
-    bytes_per_weight = 4.1 if args.optimizer == "adamw_8bit" else bytes_per_weight
+        config, masters = accelerator.deepspeed_plugin.deepspeed_config, "bf16_master_weights_and_grads"
+        zero, masters = config["zero_optimization"], [masters] if config.get("bf16", {}).get(masters) else []
+        offloads = [name for name in ("offload_param", "offload_optimizer") if name in zero]
+        engine, bytes_per_weight = ", ".join([f"ZeRO-{zero['stage']}", *offloads, *masters]), 8 if masters else 14
     with torch.device("meta"):
-        parts = set_up_transformer(copy.deepcopy(model.transformer), args).parameters()
-    size = bytes_per_weight * sum(part.numel() for part in parts if part.requires_grad)
-    texts = json.dumps([list(rows["caption"]) for rows in dataset.values()])
+        weights = set_up_transformer(copy.deepcopy(model.transformer), args).parameters()
+    size = bytes_per_weight * sum(weight.numel() for weight in weights if weight.requires_grad)
+    captions = json.dumps([list(rows["caption"]) for rows in dataset.values()]).encode()
     identity = {"engine": engine, "mixed_precision": accelerator.mixed_precision, **hashes}
-    identity |= {
-        "num_processes": accelerator.num_processes,
-        "dataset": hashlib.sha256(texts.encode()).hexdigest()[:16],
-    }
+    identity |= {"num_processes": accelerator.num_processes, "dataset": hashlib.sha256(captions).hexdigest()[:16]}
     identity |= {name: value for name, value in vars(args).items() if name not in (*FREE_FLAGS, *PATH_FLAGS)}
     if not args.lr_scheduler.startswith("constant"):
         identity["max_train_steps"] = args.max_train_steps
@@ -1813,13 +1762,13 @@ def load_models(accelerator, args, model, dtypes, negative_prompt_embeds):
     """The [`Models`] of the flags; see [`choose_dtypes`] for `dtypes`."""
     device, (weight_dtype, transformer_dtype) = accelerator.device, dtypes
     vae = diffusers.AutoencoderKLWan.from_pretrained(**model.source, subfolder="vae", dtype=weight_dtype)
+    expert = {**model.source, "subfolder": model.expert, "dtype": transformer_dtype}
+    transformer = diffusers.WanTransformer3DModel.from_pretrained(**expert)
     options = {"device": device, "dtype": torch.bfloat16 if args.reward_dtype == "bf16" else torch.float32}
     kind = HPSReward if args.reward_model == "HPS" else partial(CLIPReward, processor_path=args.reward_processor_path)
     reward = kind(args.reward_model_path, **options)
-    expert = {**model.source, "subfolder": model.expert, "dtype": transformer_dtype}
-    transformer = diffusers.WanTransformer3DModel.from_pretrained(**expert)
-    for flag, module in zip((*PATH_FLAGS[:1] * 2, "reward_model_path"), (vae, transformer, reward), strict=True):
-        require_finite(module, f"`--{flag} {vars(args)[flag]}`")
+    for name, module in {PATH_FLAGS[0]: torch.nn.ModuleList([vae, transformer]), "reward_model_path": reward}.items():
+        require_finite(module, f"`--{name} {vars(args)[name]}`")
     flatten_vae(vae).requires_grad_(False).eval().to(device)
     torch.manual_seed(args.seed)  # all processes make the same LoRA
     keep_rotary_tables(set_up_transformer(transformer, args), device)
