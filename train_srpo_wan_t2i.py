@@ -1530,6 +1530,7 @@ def check_dataset(args, model):
             raise ValueError(f"{name} was not made by embed_prompts.py: it lacks rows or columns in `{split}`.")
     with input_error(f"`--pretrained_model_name_or_path {path}` lacks the text encoder to compare {name} with"):
         encoder = weights_fingerprint(model.source, "text_encoder", TRANSFORMERS_STEM, TEXT_ENCODER_LAYER)
+    model_of = f"`{path}` with `--max_sequence_length {args.max_sequence_length}`"
     for rows in dataset.values():
         for what, found, expected in (
             ("size", {np.shape(rows[0]["prompt_embeds"])[-1]}, model.transformer.config.text_dim),
@@ -1537,13 +1538,13 @@ def check_dataset(args, model):
             ("the text encoder", set(rows.unique("text_encoder_fingerprint")), encoder),
         ):
             if found != {expected}:
-                problem = f"{name} holds embeddings of {what} {', '.join(map(str, found))}, but `{path}` with "
-                problem += f"`--max_sequence_length {args.max_sequence_length}` needs {expected}"
-                raise ValueError(f"{problem}. Embed the captions again for this model.")
+                problem = f"{name} holds embeddings of {what} {', '.join(map(str, found))}, but {model_of}"
+                raise ValueError(f"{problem} needs {expected}. Embed the captions again for this model.")
     captions = {caption for rows in dataset.values() for caption in rows["caption"]}
-    if lacking := [prompt for prompt in args.validation_prompts or () if prompt not in captions]:
-        problem = f"`--validation_prompts`: {name} has no embedding of {lacking[0]!r}"
-        raise ValueError(f"{problem}. Give it to `embed_prompts.py --validation_prompts`.")
+    for prompt in args.validation_prompts or ():
+        if prompt not in captions:
+            advice = "Give it to `embed_prompts.py --validation_prompts`"
+            raise ValueError(f"`--validation_prompts`: {name} has no embedding of {prompt!r}. {advice}.")
     if args.rollout_start == "boundary":
         rows, wanted = dataset["train"], {**vars(args), "rollout_shift": args.rollout_shift or model.flow_shift}
         lacking = {*BOUNDARY_COLUMNS, "boundary_settings"} - set(rows.column_names)
@@ -1589,11 +1590,11 @@ def check_reward(args):
     if (path := args.reward_model_path) is None:
         raise ValueError("`--reward_model CLIP` needs `--reward_model_path`, the folder or Hub id of a CLIPModel.")
     args.reward_processor_path = processor = args.reward_processor_path or path
-    where = {"pretrained_model_name_or_path": path}, "", TRANSFORMERS_STEM
     with input_error(f"`--reward_model_path {path}` is not the folder or Hub id of a CLIPModel"):
         config = transformers.AutoConfig.from_pretrained(path)
         if config.model_type != "clip":
             raise ValueError(f"it is of type `{config.model_type}`, and {args.reward_model} needs type `clip`")
+        where = {"pretrained_model_name_or_path": path}, "", TRANSFORMERS_STEM
         with torch.device("meta"):
             check_weights(transformers.CLIPModel(config), read_shapes(weight_files(*where)))
     with input_error(f"`--reward_processor_path {processor}` is not the folder or Hub id of a whole processor"):
