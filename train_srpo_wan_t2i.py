@@ -29,7 +29,6 @@ import importlib.util
 import json
 import logging
 import math
-import operator
 import os
 import pkgutil
 import re
@@ -877,7 +876,6 @@ class Run(NamedTuple):
     output_dir: Path
     flags: dict  # all of them, as the model card lists them
     expert: str  # the subfolder of the transformer
-    two_experts: bool
     dtype: torch.dtype  # of the saved weights
     identity: dict  # what decides the result, and what a checkpoint and the run that continues it share
     checkpoint_size: int  # in bytes, about
@@ -985,6 +983,12 @@ def list_checksums(accelerator, folder):
     return "".join(sorted(gather_object([*lines])))
 
 
+def is_whole(accelerator, folder):
+    """Whether the files of a checkpoint are those that were saved. All processes must call it."""
+    file = Path(folder, CHECKSUMS)
+    return file.is_file() and file.read_text(errors="replace") == list_checksums(accelerator, folder)
+
+
 def require_finite_weights(accelerator, transformer, run):
     """Ends the program, before anything is saved, if trained weights, or the share of a process, are not finite."""
     shares = [getattr(each, "ds_tensor", each) for each in transformer.parameters() if each.requires_grad]
@@ -1043,18 +1047,12 @@ def read_state(folder):
 
 def find_checkpoint(accelerator, run):
     """The checkpoint to resume from, or `None`, and its [`RunState`]. `ValueError` if the run cannot go on with it."""
-
-    def is_whole(folder):
-        file = Path(folder, CHECKSUMS)
-        listed = file.read_text(errors="replace") if file.is_file() else None
-        return list_checksums(accelerator, folder) == listed
-
     saved, flags, folder = list_checkpoints(run.output_dir), run.flags, run.flags["resume_from_checkpoint"]
     folder = (saved or [None])[-1] if folder == "latest" else folder
     if folder is None:
         return None, RunState()
-    if not is_whole(folder):
-        whole = next(filter(is_whole, saved[::-1]), "none")
+    if not is_whole(accelerator, folder):
+        whole = next((each for each in saved[::-1] if is_whole(accelerator, each)), "none")
         raise ValueError(f"{folder} is damaged: {CHECKSUMS} in it lists other files. The newest whole one is {whole}.")
     content, new = read_state(folder), json.loads(json.dumps(run.identity))
     changes = {name: f"{name}: {content['run'].get(name)}, which is now {new[name]}" for name in new}
@@ -1204,14 +1202,14 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if hidden else super()._get_help_string(action)
 
 
-def number(kind=float, **limits):
-    """An argparse type: a finite number of this `kind` within limits, such as `at_least=0, below=1`."""
-    holds = {"at_least": operator.ge, "above": operator.gt, "below": operator.lt, "at_most": operator.le}
+def number(kind=float, at_least=-math.inf, above=-math.inf, below=math.inf):
+    """An argparse type: a finite number of this `kind` within these limits."""
 
     def convert(text):
         value = kind(text)
-        if not math.isfinite(value) or not all(holds[name](value, limit) for name, limit in limits.items()):
-            words = " and ".join(f"{name.replace('_', ' ')} {limit}" for name, limit in limits.items())
+        if not (math.isfinite(value) and at_least <= value and above < value < below):
+            limits = {"at least": at_least, "above": above, "below": below}
+            words = " and ".join(f"{name} {limit}" for name, limit in limits.items() if math.isfinite(limit))
             raise argparse.ArgumentTypeError(f"must be {words or 'finite'}, but is {text}")
         return value
 
@@ -1710,8 +1708,8 @@ def make_run(accelerator, args, model, dtype, dataset, hashes):
     identity |= {name: value for name, value in vars(args).items() if name not in (*FREE_FLAGS, *PATH_FLAGS)}
     if not args.lr_scheduler.startswith("constant"):
         identity["max_train_steps"] = args.max_train_steps
-    repo_id, two_experts = args.hub_model_id or Path(args.output_dir).resolve().name, model.boundary_ratio is not None
-    return Run(Path(args.output_dir), vars(args), model.expert, two_experts, dtype, identity, size, repo_id)
+    repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
+    return Run(Path(args.output_dir), vars(args), model.expert, dtype, identity, size, repo_id)
 
 
 def create_repository(run):
@@ -1836,14 +1834,6 @@ def gather_means(accelerator, metrics, received):
     return dict(zip(metrics, means, strict=True)), int(received)
 
 
-def log_summary(run, state):
-    """Says what came of a run, and where it is."""
-    scores = [f"{row['validation_relative']:.4f}" for row in state.history if "validation_relative" in row]
-    change = f", relative reward {scores[0]} -> {scores[-1]}" if scores else ""
-    logger.info(f"Finished: {state.step} updates, {state.skipped} of them skipped{change}.")
-    logger.info(f"Results are in {run.output_dir}: see README.md, reward.png{', before_after.png' if scores else ''}.")
-
-
 def load_batches(sampler, rows, collate, device, num_workers):
     """Yields, of each micro-batch of a process, the numbers of its samples and what `collate` makes of their rows."""
     options = {"batch_sampler": sampler, "collate_fn": collate, "pin_memory": device.type == "cuda"}
@@ -1915,8 +1905,7 @@ def main(args):
         held.callback(batches.close)  # ends the processes that load data, which ignore all signals
         samples_per_update = args.train_batch_size * accelerator.num_processes * accumulation
         window = f"noise levels {recipe.train_sigmas[0]:.3f} to {recipe.train_sigmas[-1]:.3f}"
-        size = f"{samples_per_update} captions of {len(rows)}, on {window}"
-        logger.info(f"Training from update {state.step} to {args.max_train_steps}, each with {size}")
+        logger.info(f"Training on {samples_per_update} of {len(rows)} captions in an update, on {window}")
         progress_bar = tqdm(total=args.max_train_steps, initial=state.step, desc="Steps")
         # A signal is remembered, so that the update at hand is finished and saved before the run ends.
         signals.append(0)
@@ -1969,7 +1958,9 @@ def main(args):
         what = f"Stopped by {signal.Signals(stopped_by).name} after {state.step} updates, which are saved."
         logger.warning(f"{what} Continue with the same command and `--resume_from_checkpoint latest`.")
         raise SystemExit(128 + stopped_by)
-    log_summary(run, state)
+    scores = [f"{row['validation_relative']:.4f}" for row in state.history if "validation_relative" in row]
+    change = f", relative reward {scores[0]} -> {scores[-1]}" if scores else ""
+    logger.info(f"Finished: {state.step} updates, {state.skipped} of them skipped{change}. See {run.output_dir}")
 
 
 if __name__ == "__main__":
