@@ -29,7 +29,6 @@ import importlib.util
 import json
 import logging
 import math
-import operator
 import os
 import pkgutil
 import re
@@ -108,11 +107,12 @@ PATH_FLAGS = ("pretrained_model_name_or_path", "dataset_name", "reward_model_pat
 FREE_FLAGS = """revision variant cache_dir dataloader_num_workers max_train_steps max_skipped_updates validation_steps
     gradient_checkpointing output_dir overwrite_output_dir checkpointing_steps checkpoints_total_limit allow_changes
     resume_from_checkpoint logging_dir report_to push_to_hub hub_model_id hub_private_repo hub_strategy""".split()
-PINNED = """engine mixed_precision num_processes base_model transformer_subfolder optimizer lora_rank lora_alpha
-    lora_target_modules""".split()
+PINNED = """engine mixed_precision num_processes base_model transformer_subfolder optimizer updates_per_rollout
+    lora_rank lora_alpha lora_target_modules""".split()
 # What DeepSpeed's checkpoints hold beside tensors and plain values.
 DEEPSPEED_CLASSES = """deepspeed.runtime.fp16.loss_scaler:LossScaler deepspeed.runtime.zero.config:ZeroStageEnum
     deepspeed.utils.tensor_fragment:fragment_address""".split()
+MODEL_CARD = Path(__file__).with_name("model_card_template.md").read_text()
 # First words of the names of files of weights, and the layers by whose weights a model is identified.
 DIFFUSERS_STEM, TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
 TRANSFORMER_LAYER, TEXT_ENCODER_LAYER = "blocks.0.attn1.to_q.weight", "encoder.final_layer_norm.weight"
@@ -209,6 +209,11 @@ class Recipe(namedtuple("Recipe", SETTINGS)):
     def train_sigmas(self):
         """The training grid; see [`make_train_sigmas`]."""
         return make_train_sigmas(self.num_inference_steps, self.shift, self.train_timestep, self.timestep_length)
+
+
+def settings_of(kind, flags):
+    """A named tuple whose fields are flags, from a dict of all flags."""
+    return kind(**{name: flags[name] for name in kind._fields})
 
 
 class Branch(NamedTuple):
@@ -871,7 +876,6 @@ class Run(NamedTuple):
     output_dir: Path
     flags: dict  # all of them, as the model card lists them
     expert: str  # the subfolder of the transformer
-    two_experts: bool
     dtype: torch.dtype  # of the saved weights
     identity: dict  # what decides the result, and what a checkpoint and the run that continues it share
     checkpoint_size: int  # in bytes, about
@@ -886,18 +890,22 @@ def discard(path):
         path.unlink(missing_ok=True)
 
 
+def full_disk(path, size):
+    """What ends the program if the disk has no room for `size` bytes at `path`."""
+    free = shutil.disk_usage(path if path.is_dir() else path.parent).free / 1e9
+    problem = f"the disk is full: `{path}` takes {size / 1e9:.3g} GB, and {free:.3g} GB are free"
+    return SystemExit(f"error: {problem}. What was saved before is whole.")
+
+
 @contextmanager
 def written(path, size=1e6):
     """A path beside `path` to write a file or folder of about `size` bytes to. If the block succeeds, it is flushed to
-    the disk and takes the place of `path`, where a link is followed; else it is removed. A full disk ends the program,
-    before the block if `size` tells it."""
+    the disk and takes the place of `path`, where a link is followed; else it is removed."""
     path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     discard(new := path.with_name(f"{path.name}.unfinished"))
-    free, limit = shutil.disk_usage(path.parent).free, f"`{path}` takes {size / 1e9:.3g} GB"
-    full = f"error: the disk is full: {limit}, and {free / 1e9:.3g} GB are free. What was saved before is whole."
-    if free < size:
-        raise SystemExit(full)
+    if shutil.disk_usage(path.parent).free < size:
+        raise full_disk(path, size)
     try:
         yield new
         for file in filter(Path.is_file, (new, *new.rglob("*"))):
@@ -905,92 +913,80 @@ def written(path, size=1e6):
             with file.open("rb") as stream:
                 os.fsync(stream)
     except BaseException as error:
-        is_full = shutil.disk_usage(path.parent).free < 2**20 or "No space left" in str(error)
+        is_full = "No space left" in str(error) or shutil.disk_usage(path.parent).free < 2**20
         discard(new)
-        raise SystemExit(full) if is_full else error from error
+        raise full_disk(path, size) if is_full else error from error
     if path.is_dir():
         discard(path)
     new.replace(path)
 
 
 @contextmanager
-def claim_output_dir(run):
-    """Makes the output folder and holds its lock, which the kernel releases however the process ends. Removes what a
-    killed run left unfinished. `ValueError` if another process holds the lock, or there is no room for a checkpoint.
-    If the run ends before [`begin_output`], the folder is as before."""
-    folder, marker, flag = run.output_dir, run.output_dir / MARKER, f"`--output_dir {run.output_dir}`"
-    made = [each for each in (folder, *folder.parents) if not each.exists()]
-    with input_error(f"{flag} cannot be written; choose another"):
+def claim_output_dir(folder, size):
+    """Makes the output folder and holds its lock, which the kernel releases however the process ends. `ValueError` if
+    another process holds it. If nothing was written to the marker in the end, the folder is as before."""
+    marker, made = folder / MARKER, [each for each in (folder, *folder.parents) if not each.exists()]
+    with input_error(f"`--output_dir {folder}` cannot be written, or another run is writing to it; choose another"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = marker.open("a")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     with lock:
-        with input_error(f"{flag} is in use by another run; wait for its end, or choose another"):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for leftover in (*folder.glob("*.unfinished"), *folder.glob("*/*.unfinished")):
+            discard(leftover)
         try:
-            for leftover in (*folder.glob("*.unfinished"), *folder.glob("images/*.unfinished")):
-                discard(leftover)
-            old = find_run_files(folder) if run.flags["overwrite_output_dir"] else []
-            room = sum(file.stat().st_size for path in old for file in (path, *path.rglob("*")))
-            room, needed = (room + shutil.disk_usage(folder).free) / 1e9, run.checkpoint_size / 1e9
-            if room < needed:
-                raise ValueError(f"{flag}: a checkpoint takes {needed:.3g} GB, and {room:.3g} GB are free.")
+            if shutil.disk_usage(folder).free < size:
+                raise full_disk(folder, size)
             yield
         finally:
             if marker.stat().st_size == 0:
-                for remove in (marker.unlink, *(each.rmdir for each in made)):
-                    remove()
+                marker.unlink()
+                for each in made:
+                    each.rmdir()
 
 
 def begin_output(run):
     """Marks the output folder as that of the run, without what an earlier one left there, and begins `train.log`."""
     if run.flags["overwrite_output_dir"]:
-        for path in find_run_files(run.output_dir):
+        files = [path for pattern in RUN_FILES for path in run.output_dir.glob(pattern)]
+        for path in [*files, *list_checkpoints(run.output_dir)]:
             discard(path)
-            for folder in path.parents:
-                if folder == run.output_dir or any(folder.iterdir()):
-                    break
-                folder.rmdir()
+            with suppress(OSError):  # ends at a folder that is not empty, such as that of the marker
+                os.removedirs(path.parent)
     (run.output_dir / MARKER).write_text(json.dumps(run.identity, indent=1))  # in place, since it is locked
     handler = logging.FileHandler(run.output_dir / "train.log")
     handler.setFormatter(logging.Formatter(LOG_FORMAT))
     logging.getLogger().addHandler(handler)
 
 
-def find_run_files(output_dir):
-    """What runs wrote into this folder: files, and the folders of checkpoints. Nothing else is ever deleted."""
-    return [*(path for pattern in RUN_FILES for path in output_dir.glob(pattern)), *list_checkpoints(output_dir)]
-
-
 def list_checkpoints(output_dir):
-    """The checkpoints in a folder, in the order in which they were saved, which a copy keeps. One without a readable
-    state is the last."""
+    """The checkpoints in a folder, in the order in which they were saved; one that cannot be read is the last."""
 
     def saved(folder):
         with suppress(OSError, ValueError, TypeError, LookupError):
             return float(json.loads((folder / STATE_FILE).read_text())["saved"])
         return math.inf
 
-    folders = [path.parent for path in Path(output_dir).glob(f"checkpoint-*/{STATE_FILE}")]
+    folders = (path.parent for path in Path(output_dir).glob(f"checkpoint-*/{STATE_FILE}"))
     return sorted((folder for folder in folders if re.fullmatch(r"checkpoint-\d+", folder.name)), key=saved)
 
 
 def list_checksums(accelerator, folder):
-    """A line `SHA-256  name` for each file in a folder, as `sha256sum` writes it. Each process reads a share."""
+    """The SHA-256 and the name of each file in a folder, as `sha256sum` writes them. Each process reads a share."""
 
     def line(file):
         with file.open("rb") as stream:
-            return f"{huggingface_hub.utils.sha.sha_fileobj(stream).hex()}  {file.relative_to(folder)}"
+            return f"{huggingface_hub.utils.sha.sha_fileobj(stream).hex()}  {file.relative_to(folder)}\n"
 
     files = sorted(file for file in Path(folder).rglob("*") if file.is_file() and file.name != CHECKSUMS)
     with ThreadPoolExecutor() as threads:
         lines = threads.map(line, files[accelerator.process_index :: accelerator.num_processes])
-    return sorted(gather_object([*lines]))
+    return "".join(sorted(gather_object([*lines])))
 
 
 def is_whole(accelerator, folder):
     """Whether the files of a checkpoint are those that were saved. All processes must call it."""
-    with suppress(OSError, UnicodeError):
-        return list_checksums(accelerator, folder) == Path(folder, CHECKSUMS).read_text().splitlines()
+    file = Path(folder, CHECKSUMS)
+    return file.is_file() and file.read_text(errors="replace") == list_checksums(accelerator, folder)
 
 
 def require_finite_weights(accelerator, transformer, run):
@@ -1013,30 +1009,27 @@ def save_checkpoint(accelerator, transformer, run, state):
     folder, main = run.output_dir / f"checkpoint-{state.step}", accelerator.is_main_process
     with written(folder, run.checkpoint_size) if main else nullcontext(Path(f"{folder.resolve()}.unfinished")) as new:
         if main:
-            bare = accelerator.unwrap_model(transformer)
-            content = {"saved": time.time(), "global_step": state.step, "skipped": state.skipped}
+            bare, dtype = accelerator.unwrap_model(transformer), str(run.dtype).removeprefix("torch.")
+            content = {"saved": time.time(), "global_step": state.step, "skipped": state.skipped, "dtype": dtype}
             content |= {"history": state.history, "run": run.identity, "expert": run.expert}
-            content |= {
-                "config": dict(bare.config),
-                "lora": lora_metadata(bare),
-                "dtype": str(run.dtype).split(".")[1],
-            }
+            content |= {"config": dict(bare.config), "lora": lora_metadata(bare)}
             new.mkdir()
             (new / STATE_FILE).write_text(json.dumps(content))
         accelerator.wait_for_everyone()
         # Frozen weights are those of the base model: without DeepSpeed, `keep_lora_only` leaves them out.
-        options = {"exclude_frozen_parameters": True} if accelerator.deepspeed_plugin else {}
-        accelerator.save_state(str(new), **options)
+        accelerator.save_state(
+            str(new), **({"exclude_frozen_parameters": True} if accelerator.deepspeed_plugin else {})
+        )
         # Every draw is a function of the seed, so the pickled states of generators are of no use.
         (new / f"random_states_{accelerator.process_index}.pkl").unlink()
         accelerator.wait_for_everyone()
         checksums = list_checksums(accelerator, new)
         if main:
-            (new / CHECKSUMS).write_text("".join(f"{line}\n" for line in checksums))
+            (new / CHECKSUMS).write_text(checksums)
     if main:
         for old in list_checkpoints(run.output_dir)[: -(run.flags["checkpoints_total_limit"] or sys.maxsize)]:
             discard(old)
-        logger.info(f"Saved state to {folder}")
+    logger.info(f"Saved state to {folder}")
     accelerator.wait_for_everyone()
 
 
@@ -1045,13 +1038,11 @@ def read_state(folder):
     file = Path(folder, STATE_FILE)
     with input_error(f"`{file}` is damaged or of another version of this script; take another checkpoint"):
         content = json.loads(file.read_text())
-        whole = [content["global_step"], content["skipped"], *(row["step"] for row in content["history"])]
-        numbers = [value for row in content["history"] for value in row.values()]
-        if {*map(type, whole)} != {int} or not {*map(type, numbers)} <= {int, float}:
-            raise ValueError("its steps are not numbers")
-        if content["expert"] not in EXPERTS or not {"run", "config", "lora", "dtype"} <= content.keys():
-            raise ValueError("it does not say what was trained")
-        return content
+        numbers = [value for row in content["history"] for value in (row["step"], *row.values())]
+        numbers += [content["global_step"], content["skipped"]]
+        if not {*map(type, numbers)} <= {int, float} or content["expert"] not in EXPERTS:
+            raise ValueError("it does not hold what this script writes")
+        return {name: content[name] for name in "global_step skipped history run expert config lora dtype".split()}
 
 
 def find_checkpoint(accelerator, run):
@@ -1061,21 +1052,17 @@ def find_checkpoint(accelerator, run):
     if folder is None:
         return None, RunState()
     if not is_whole(accelerator, folder):
-        whole = next((each for each in saved[::-1] if is_whole(accelerator, each)), None)
-        advice = f"The newest whole one: `--resume_from_checkpoint {whole}`" if whole else "No other is whole"
-        raise ValueError(f"{folder} is damaged: its files are not those that `{CHECKSUMS}` in it lists. {advice}.")
+        whole = next((each for each in saved[::-1] if is_whole(accelerator, each)), "none")
+        raise ValueError(f"{folder} is damaged: {CHECKSUMS} in it lists other files. The newest whole one is {whole}.")
     content, new = read_state(folder), json.loads(json.dumps(run.identity))
-    changes = {name: f"{name}: {content['run'].get(name)}, which is now {value}" for name, value in new.items()}
+    changes = {name: f"{name}: {content['run'].get(name)}, which is now {new[name]}" for name in new}
     changes = {name: text for name, text in changes.items() if content["run"].get(name) != new[name]}
-    fixed = changes.keys() & set(PINNED)
-    if fixed or (changes and not flags["allow_changes"]):
-        advice = "start a new run" if fixed else "add `--allow_changes`"
+    advice = "start a new run" if changes.keys() & set(PINNED) else "start a new run, or add `--allow_changes`"
+    if changes and not (flags["allow_changes"] and advice.endswith("`")):
         raise ValueError(f"{folder} was made with another {'; '.join(changes.values())}. Use the same, or {advice}.")
-    step = content["global_step"]
-    if step > flags["max_train_steps"] or step % flags["updates_per_rollout"]:
-        steps = f"`--max_train_steps {flags['max_train_steps']}`, or no multiple of `--updates_per_rollout`"
-        raise ValueError(f"{folder} is beyond {steps}.")
-    return folder, RunState(step, content["skipped"], content["history"])
+    if content["global_step"] > flags["max_train_steps"]:
+        raise ValueError(f"{folder} is beyond `--max_train_steps {flags['max_train_steps']}`.")
+    return folder, RunState(content["global_step"], content["skipped"], content["history"])
 
 
 @contextmanager
@@ -1105,70 +1092,27 @@ def save_weights(weights, output_dir, expert, config, lora):
     with written(path, sum(weight.nbytes for weight in weights.values())) as new:
         if lora is not None:
             layers = {name.replace(".default.", "."): weight for name, weight in weights.items()}
-            options = {"weight_name": new.name, "transformer_lora_adapter_metadata": lora}
-            diffusers.WanPipeline.save_lora_weights(new.parent, layers, **options)
-        else:
-            with torch.device("meta"):
-                diffusers.WanTransformer3DModel.from_config(config).save_config(new)
-            options = {"filename_pattern": f"{DIFFUSERS_STEM}{{suffix}}.safetensors", "max_shard_size": "10GB"}
-            huggingface_hub.save_torch_state_dict(weights, new, **options)
+            names = {"weight_name": new.name, "transformer_lora_adapter_metadata": lora}
+            diffusers.WanPipeline.save_lora_weights(new.parent, layers, **names)
+            return path
+        with torch.device("meta"):
+            diffusers.WanTransformer3DModel.from_config(config).save_config(new)
+        pattern = f"{DIFFUSERS_STEM}{{suffix}}.safetensors"
+        huggingface_hub.save_torch_state_dict(weights, new, filename_pattern=pattern, max_shard_size="10GB")
     return path
 
 
-MODEL_CARD = """---
-{{ card_data }}
----
-
-# SRPO fine-tuning of {{ base }}
-
-{{ what }} of {{ link }}, fine-tuned for text-to-image with SRPO on the reward of {{ flags.reward_model }}:
-{{ updates }} updates{% if scores %}, relative reward {{ "%.4f" % scores[0] }} -> {{ "%.4f" % scores[-1] }}{% endif %}.
-
-{% if scores %}![Validation images before and after training](before_after.png)
-{% endif %}
-![Reward curve](reward.png)
-
-## How to use it
-
-```python
-import torch
-from diffusers import WanPipeline, WanTransformer3DModel
-
-base = "{{ base }}"  # its id on the Hub, or the path of its folder
-trained = "{{ run.repo_id }}"  # likewise, of this model
-expert = WanTransformer3DModel.from_pretrained({{ source }}, subfolder="{{ run.expert }}", dtype=torch.bfloat16)
-{% if flags.lora_rank %}expert.load_lora_adapter(trained, weight_name="{{ file }}", use_safetensors=True)
-{% endif %}pipe = WanPipeline.from_pretrained(base, {{ experts }}, dtype=torch.bfloat16).to("cuda")
-image = pipe(
-    "a red fox in the snow", num_frames=1, height={{ flags.validation_size }}, width={{ flags.validation_size }},
-    num_inference_steps={{ flags.num_inference_steps }}, guidance_scale={{ flags.validation_guidance_scale }},
-    max_sequence_length={{ flags.max_sequence_length }}, output_type="pil",
-).frames[0][0]
-```
-
-## Training settings
-
-| flag | value |
-|---|---|
-{% for name, value in flags | dictsort if value not in (none, false) and name not in hidden %}| `--{{ name }}` | {{
-value }} |
-{% endfor %}
-Method: SRPO, Shen et al. 2025, https://arxiv.org/abs/2509.06942.
-"""
-
-
 def save_model_card(run, history, images):
-    """Writes the `README.md` of the output folder: what it is, how to use it, how it was made. `images` is the last
-    folder of validation images, or `None`. Of paths on this machine, a card has the last part only."""
+    """Writes the `README.md` of the output folder. `images` is the last folder of validation images, or `None`. Of
+    paths on this machine, a card has the last part only."""
     flags, rank, base = dict(run.flags), run.flags["lora_rank"], run.flags["pretrained_model_name_or_path"]
-    on_hub = not Path(base).exists()
+    on_hub, validations = not Path(base).exists(), [row for row in history if "validation_reward" in row]
     for name, value in flags.items():
-        if name in PATH_FLAGS and value and Path(value).exists():
-            flags[name] = Path(value).resolve().name
-        elif isinstance(value, list | tuple):
+        if isinstance(value, list | tuple):
             flags[name] = shlex.join(map(str, value))
+        elif name in PATH_FLAGS and value and Path(value).exists():
+            flags[name] = Path(value).resolve().name
     base = flags["pretrained_model_name_or_path"]
-    validations = [row for row in history if "validation_relative" in row]
     data = {"license": "apache-2.0", "library_name": "diffusers", "pipeline_tag": "text-to-image"}
     data["tags"] = ["text-to-image", "diffusers", "wan", "srpo", *(["lora"] if rank else [])]
     if on_hub:
@@ -1176,25 +1120,17 @@ def save_model_card(run, history, images):
     if images is not None:
         rows, url = json.loads((images / "scores.json").read_text()), f"images/{images.name}"
         data["widget"] = [{"text": row["caption"], "output": {"url": f"{url}/{row['image']}"}} for row in rows]
-        result = partial(huggingface_hub.EvalResult, "text-to-image", "prompts", "validation prompts")
-        data["model_name"], model = run.repo_id.split("/")[-1], flags["reward_model"]
-        data["eval_results"] = [
-            result(name, round(row[f"validation_{name}"], 4), metric_name=f"{model}, {name}, {when} training")
-            for when, row in (("before", validations[0]), ("after", validations[-1]))
-            for name in ("reward", "relative")
-        ]
-    alone = "transformer=None, transformer_2=expert, boundary_ratio=1.0"
-    card = huggingface_hub.ModelCard.from_template(
-        huggingface_hub.ModelCardData(**data),
-        template_str=MODEL_CARD,
-        **{"run": run, "flags": flags, "base": base, "file": LORA_FILE, "source": "base" if rank else "trained"},
-        link=f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{base}`",
-        what=f"A LoRA of rank {rank} for `{run.expert}`" if rank else f"`{run.expert}`",
-        experts=alone if run.two_experts else f"{run.expert}=expert",
-        updates=max((row["step"] for row in history), default=0),
-        scores=[row["validation_relative"] for row in validations],
-        hidden=("output_dir", "validation_prompts", "cache_dir", "resume_from_checkpoint"),
-    )
+        data |= {"model_name": run.repo_id.split("/")[-1], "eval_results": []}
+        for when, row in (("before", validations[0]), ("after", validations[-1])):
+            for name in ("reward", "relative"):
+                result = ("text-to-image", "prompts", "validation prompts", name, round(row[f"validation_{name}"], 4))
+                metric = f"{flags['reward_model']}, {name}, {when} training"
+                data["eval_results"].append(huggingface_hub.EvalResult(*result, metric_name=metric))
+    facts = {"run": run, "flags": flags, "base": base, "rank": rank, "on_hub": on_hub}
+    facts["updates"] = max((row["step"] for row in history), default=0)
+    facts["scores"] = [row["validation_relative"] for row in validations]
+    card_data = huggingface_hub.ModelCardData(**data)
+    card = huggingface_hub.ModelCard.from_template(card_data, template_str=MODEL_CARD, **facts)
     with written(run.output_dir / "README.md") as file:
         card.save(file)
 
@@ -1236,19 +1172,19 @@ def start_upload(run, step):
     """Uploads the output folder without its checkpoints, in the background and one upload after the other, so that no
     process waits for it. Returns a `Future`. If it fails, the folder is whole and a message says how to repeat it."""
     ignored, logs = ["checkpoint-*", "*.unfinished", MARKER], run.flags["logging_dir"]
-    by_branch = run.flags["hub_strategy"] == "branch" and step < run.flags["max_train_steps"]
-    branch = f"step-{step}" if by_branch else None
+    apart = run.flags["hub_strategy"] == "branch" and step < run.flags["max_train_steps"]
     discard(frozen := run.output_dir / f"upload-{step}.unfinished")
 
     def copy(source, target):  # the run replaces files of weights by new ones, so a link keeps the old
         (os.link if source.endswith(".safetensors") else shutil.copy2)(source, target)
 
     def upload():
-        options = {"folder_path": frozen, "commit_message": f"After {step} updates", "revision": branch}
+        hub = {"repo_id": run.repo_id, "revision": f"step-{step}" if apart else None}
+        content = {"folder_path": frozen, "commit_message": f"After {step} updates"}
         try:
-            if by_branch:
-                with_retries(lambda: huggingface_hub.create_branch(run.repo_id, branch=branch, exist_ok=True))
-            with_retries(lambda: huggingface_hub.upload_folder(repo_id=run.repo_id, **options))
+            if apart:
+                with_retries(lambda: huggingface_hub.create_branch(run.repo_id, branch=hub["revision"], exist_ok=True))
+            with_retries(lambda: huggingface_hub.upload_folder(**hub, **content))
         except Exception as error:  # whatever it was, the run goes on and its files are safe
             exclude = [word for pattern in (*ignored, f"{logs}/*") for word in ("--exclude", pattern)]
             command = shlex.join(["hf", "upload", run.repo_id, str(run.output_dir), ".", *exclude])
@@ -1266,27 +1202,20 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if hidden else super()._get_help_string(action)
 
 
-def number(kind=float, **limits):
-    """An argparse type: a finite number of this `kind` within limits, such as `at_least=0, below=1`."""
-    holds = {"at_least": operator.ge, "above": operator.gt, "below": operator.lt, "at_most": operator.le}
+def number(kind=float, at_least=-math.inf, above=-math.inf, below=math.inf):
+    """An argparse type: a finite number of this `kind` within these limits."""
 
     def convert(text):
         value = kind(text)
         finite = kind is int or math.isfinite(value)  # an int may be too large for a float
-        if not finite or not all(holds[name](value, limit) for name, limit in limits.items()):
-            words = " and ".join(f"{name.replace('_', ' ')} {limit}" for name, limit in limits.items())
+        if not (finite and at_least <= value and above < value < below):
+            limits = {"at least": at_least, "above": above, "below": below}
+            words = " and ".join(f"{name} {limit}" for name, limit in limits.items() if math.isfinite(limit))
             raise argparse.ArgumentTypeError(f"must be {words or 'finite'}, but is {text}")
         return value
 
     convert.__name__ = "whole number" if kind is int else "number"  # in argparse's "invalid ... value"
     return convert
-
-
-def text(value):
-    """The argparse type of all that is not a number."""
-    if not any(letter.isprintable() and not letter.isspace() for letter in value):
-        raise argparse.ArgumentTypeError("must not be blank")
-    return value
 
 
 def parse_args(input_args=None):
@@ -1296,7 +1225,6 @@ def parse_args(input_args=None):
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    parser.register("type", None, text)
     count, positive, guidance = number(int, at_least=1), number(above=0), number(at_least=1)
     from_0, share, index = number(at_least=0), number(at_least=0, below=1), number(int, at_least=0)
     grid, ratio, extra = number(int, at_least=2 * POSITION_MARGIN), number(above=0, below=1), number(above=-1)
@@ -1404,33 +1332,30 @@ def parse_args(input_args=None):
 
 def check_flags(args, parser):
     """Refuses flags that contradict each other, or that mean nothing beside the others."""
-    (first, last), reuses, steps = args.train_timestep, args.updates_per_rollout, args.num_inference_steps
+    (first, last), reuses, steps = args.train_timestep, args.updates_per_rollout, args.max_train_steps
     positive, negative = ({w.strip().lower() for w in words} for words in (args.positive_words, args.negative_words))
     trackers = ["all", "none", *map(str, get_available_trackers())]
-    has_torchao = importlib.util.find_spec("torchao") is not None
-    multiple = "must be a multiple of `--updates_per_rollout`: rollouts are not saved"
+    no_torchao, multiple = importlib.util.find_spec("torchao") is None, "must be a multiple of `--updates_per_rollout`"
+    texts = {name: value if isinstance(value, list | tuple) else [value] for name, value in vars(args).items()}
+    blank = [name for name, values in texts.items() if any(isinstance(v, str) and not v.strip() for v in values)]
     for wrong, name, why in (
-        (
-            not first < last <= steps,
-            "train_timestep",
-            f"must be two growing steps of the {steps} `--num_inference_steps`",
-        ),
+        (blank, (blank or [None])[0], "must not be blank"),
+        (not first < last <= args.num_inference_steps, "train_timestep", "must grow, up to `--num_inference_steps`"),
         (args.checkpointing_steps % reuses, "checkpointing_steps", multiple),
-        (args.max_train_steps % reuses, "max_train_steps", multiple),
-        (positive & negative, "positive_words", "and `--negative_words` share a word, which cancels itself"),
-        (args.lr_warmup_steps > args.max_train_steps, "lr_warmup_steps", "must be at most `--max_train_steps`"),
+        (steps % reuses, "max_train_steps", multiple),
+        (positive & negative, "positive_words", "has a word of `--negative_words`, which has no meaning"),
+        (args.lr_warmup_steps > steps, "lr_warmup_steps", f"must be at most `--max_train_steps {steps}`"),
         (
             Path(args.logging_dir).name != args.logging_dir or args.logging_dir == "..",
             "logging_dir",
-            "must be a name in `--output_dir`, not a path",
+            "must be a name, not a path",
         ),
         (args.report_to not in trackers, "report_to", f"needs `pip install {args.report_to}`"),
-        (args.optimizer == "adamw_8bit" and not has_torchao, "optimizer", "needs torchao: run `pip install torchao`"),
+        (args.optimizer == "adamw_8bit" and no_torchao, "optimizer", "needs `pip install torchao`"),
         (args.push_to_hub and not huggingface_hub.get_token(), "push_to_hub", "needs `hf auth login` or HF_TOKEN"),
     ):
         if wrong:
-            value = vars(args)[name]
-            parser.error(f"`--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}` {why}.")
+            parser.error(f"`--{name} {' '.join(map(str, texts[name]))}` {why}.")
     for pointless, names, why in (
         (args.lora_rank is None, "lora_alpha lora_dropout lora_target_modules base_weights", "needs `--lora_rank`"),
         (reuses == 1, "renew_noise", "needs `--updates_per_rollout` above 1"),
@@ -1446,11 +1371,6 @@ def check_flags(args, parser):
         for name in names.split():
             if pointless and vars(args)[name] != parser.get_default(name):
                 parser.error(f"`--{name}` {why}.")
-
-
-def settings_of(kind, flags):
-    """A named tuple whose fields are flags, from a dict of all flags."""
-    return kind(**{name: flags[name] for name in kind._fields})
 
 
 @contextmanager
@@ -1498,12 +1418,10 @@ def read_model_info(args):
         scheduler = diffusers.UniPCMultistepScheduler.load_config(**source, subfolder="scheduler")
         vae = diffusers.AutoencoderKLWan.from_config(diffusers.AutoencoderKLWan.load_config(**source, subfolder="vae"))
         two_experts = index.get("transformer_2", [None, None])[1] is not None
-    if two_experts != (expert == "transformer_2"):
-        found, name = (
-            ("two experts", "transformer_2") if two_experts else ("no `transformer_2`, only one expert", "transformer")
-        )
-        raise ValueError(f"{flag} has {found}: train it with `--transformer_subfolder {name}`.")
-    boundary_ratio = index.get("boundary_ratio") if two_experts else None
+    boundary_ratio = index.get("boundary_ratio")
+    if expert != EXPERTS[two_experts]:
+        found = "two experts" if two_experts else "no `transformer_2`, only one expert"
+        raise ValueError(f"{flag} has {found}: train it with `--transformer_subfolder {EXPERTS[two_experts]}`.")
     if two_experts and boundary_ratio is None:
         raise ValueError(f"{flag} has no `boundary_ratio` in its model_index.json.")
     with input_error(f"{flag} lacks the model in `{expert}`"), torch.device("meta"):
@@ -1512,35 +1430,34 @@ def read_model_info(args):
     if (channels := transformer.config.in_channels) != vae.config.z_dim:
         problem = f"is not for text to video: `{expert}` takes {channels} channels"
         raise ValueError(f"{flag} {problem}, and the VAE makes {vae.config.z_dim}.")
-    settings = boundary_ratio, index.get("expand_timesteps", False), scheduler.get("flow_shift", 1.0)
-    return ModelInfo(source, expert, *settings, transformer, vae)
+    settings = index.get("expand_timesteps", False), scheduler.get("flow_shift", 1.0)
+    return ModelInfo(source, expert, boundary_ratio if two_experts else None, *settings, transformer, vae)
 
 
 def check_flags_for_model(args, model):
     """Refuses window, sizes and layers of a LoRA that the base model cannot have, and names what it can."""
-    schedule = shift_sigmas(torch.linspace(1, 0, args.num_inference_steps + 1), args.shift)
-    (first, last), boundary = args.train_timestep, model.boundary_ratio
+    steps, (first, last), boundary = args.num_inference_steps, args.train_timestep, model.boundary_ratio
+    schedule = shift_sigmas(torch.linspace(1, 0, steps + 1), args.shift)
     if boundary is not None and schedule[first] > boundary + 1e-6:
-        lowest = int((schedule > boundary + 1e-6).sum())
+        lowest, window = int((schedule > boundary + 1e-6).sum()), f"`--train_timestep {first} {last}`"
         problem = (
-            f"`--train_timestep {first} {last}` starts at sigma {schedule[first]:.3f}, above the boundary {boundary}"
+            f"{window} starts at sigma {schedule[first]:.3f}, above the boundary {boundary} of the low-noise expert"
         )
-        advice = f"largest valid window of this schedule is `--train_timestep {lowest} {args.num_inference_steps}`"
-        raise ValueError(f"{problem} of the low-noise expert, which sees no such noise. The {advice}.")
+        advice = f"largest valid window of this schedule is `--train_timestep {lowest} {steps}`"
+        raise ValueError(f"{problem}, which sees no such noise. The {advice}.")
     if args.rollout_start == "boundary" and boundary is None:
         raise ValueError("`--rollout_start boundary` needs a model of two experts; this one has no boundary.")
     scale, (_, *patch) = model.vae.config.scale_factor_spatial, model.transformer.config.patch_size
     validation = np.lcm(scale * patch[0], 16).item()  # what WanPipeline demands of who paints the same
     for name, multiple in (("height", scale * patch[0]), ("width", scale * patch[1]), ("validation_size", validation)):
-        if (value := getattr(args, name)) < 1 or value % multiple:
+        if (value := getattr(args, name)) % multiple:
             problem = f"`--{name} {value}` must be a multiple of {multiple} for this model"
             raise ValueError(f"{problem}, for example {max(1, round(value / multiple)) * multiple}.")
-    if args.lora_rank is not None:
-        for name in args.lora_target_modules:
-            if not any(f".{layer}".endswith(f".{name}") for layer, _ in model.transformer.named_modules()):
-                raise ValueError(f"`--lora_target_modules`: the transformer has no layer `{name}`.")
-        with input_error("`--lora_target_modules` must name linear layers"), torch.device("meta"):
-            set_up_transformer(copy.deepcopy(model.transformer), args)
+    for name in args.lora_target_modules if args.lora_rank is not None else ():
+        if not any(f".{layer}".endswith(f".{name}") for layer, _ in model.transformer.named_modules()):
+            raise ValueError(f"`--lora_target_modules`: the transformer has no layer `{name}`.")
+    with input_error("`--lora_target_modules` must name linear layers"), torch.device("meta"):
+        set_up_transformer(copy.deepcopy(model.transformer), args)
 
 
 def weight_files(source, subfolder, stem, layer=None):
@@ -1593,12 +1510,10 @@ def check_weights(model, found):
             raise ValueError(f"the weights {what} {len(tensors)} tensors, such as `{min(tensors)}`")
 
 
-def require_finite(model, flag, path):
-    """Refuses a model that was just loaded if one of its weights is NaN or infinite. Returns it."""
-    for name, weight in model.named_parameters():
-        if not weight.isfinite().all():
-            raise ValueError(f"`--{flag} {path}`: the weights of `{name}` are NaN or infinite. Download them again.")
-    return model
+def require_finite(model, flag):
+    """Refuses a model that was just loaded if one of its weights is NaN or infinite; `flag` says whence."""
+    if bad := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
+        raise ValueError(f"{flag}: the weights of `{bad[0]}` are NaN or infinite. Download them again.")
 
 
 def check_model_files(model):
@@ -1621,22 +1536,22 @@ def check_dataset(args, model):
         if split not in dataset or not columns <= set(dataset[split].column_names) or len(dataset[split]) == 0:
             raise ValueError(f"{name} was not made by embed_prompts.py: it lacks rows or columns in `{split}`.")
     with input_error(f"`--pretrained_model_name_or_path {path}` lacks the text encoder to compare {name} with"):
-        fingerprint = weights_fingerprint(model.source, "text_encoder", TRANSFORMERS_STEM, TEXT_ENCODER_LAYER)
+        encoder = weights_fingerprint(model.source, "text_encoder", TRANSFORMERS_STEM, TEXT_ENCODER_LAYER)
+    model_of = f"`{path}` with `--max_sequence_length {args.max_sequence_length}`"
     for rows in dataset.values():
-        size = np.asarray(rows[0]["prompt_embeds"]).shape[-1]
         for what, found, expected in (
-            ("embeddings of size", {size}, model.transformer.config.text_dim),
-            ("embeddings of length", set(rows.unique("max_sequence_length")), args.max_sequence_length),
-            ("embeddings of the text encoder", set(rows.unique("text_encoder_fingerprint")), fingerprint),
+            ("size", {np.shape(rows[0]["prompt_embeds"])[-1]}, model.transformer.config.text_dim),
+            ("length", set(rows.unique("max_sequence_length")), args.max_sequence_length),
+            ("the text encoder", set(rows.unique("text_encoder_fingerprint")), encoder),
         ):
             if found != {expected}:
-                found, length = ", ".join(map(str, found)), f"`--max_sequence_length {args.max_sequence_length}`"
-                problem = f"{name} holds {what} {found}, but `{path}` with {length} needs {expected}."
-                raise ValueError(f"{problem} Embed the captions again for this model.")
+                problem = f"{name} holds embeddings of {what} {', '.join(map(str, found))}, but {model_of}"
+                raise ValueError(f"{problem} needs {expected}. Embed the captions again for this model.")
     captions = {caption for rows in dataset.values() for caption in rows["caption"]}
-    if lacking := [prompt for prompt in args.validation_prompts or () if prompt not in captions]:
-        problem = f"`--validation_prompts`: {name} has no embedding of {lacking[0]!r}."
-        raise ValueError(f"{problem} Give it to `embed_prompts.py --validation_prompts`.")
+    for prompt in args.validation_prompts or ():
+        if prompt not in captions:
+            advice = "Give it to `embed_prompts.py --validation_prompts`"
+            raise ValueError(f"`--validation_prompts`: {name} has no embedding of {prompt!r}. {advice}.")
     if args.rollout_start == "boundary":
         rows, wanted = dataset["train"], {**vars(args), "rollout_shift": args.rollout_shift or model.flow_shift}
         lacking = {*BOUNDARY_COLUMNS, "boundary_settings"} - set(rows.column_names)
@@ -1645,9 +1560,19 @@ def check_dataset(args, model):
             raise ValueError(f"{name} has no boundary latents, or rows without; see `embed_prompts.py --help`.")
         for flag, found in ((flag, json.loads(each)[flag]) for each in settings for flag in BOUNDARY_FLAGS):
             if found != wanted[flag]:
-                problem = f"{name} has boundary latents of `--{flag} {found}`, not {wanted[flag]}."
-                raise ValueError(f"{problem} Train with the same, or make others with embed_prompts.py.")
+                problem = f"{name} has boundary latents of `--{flag} {found}`, not {wanted[flag]}"
+                raise ValueError(f"{problem}. Train with the same, or make others with embed_prompts.py.")
     return dataset
+
+
+def check_tokenizer(path, texts, vocab_size):
+    """Refuses a tokenizer without its files, for which transformers would make one that knows no words."""
+    find = partial(transformers.utils.cached_file, path, _raise_exceptions_for_missing_entries=False)
+    if not (find("tokenizer.json") or (find("vocab.json") and find("merges.txt"))):
+        raise ValueError("it has neither `tokenizer.json` nor `vocab.json` and `merges.txt`")
+    tokens = transformers.CLIPProcessor.from_pretrained(path).tokenizer([*texts]).input_ids
+    if len({*map(tuple, tokens)}) < len(texts) or max(map(max, tokens)) >= vocab_size:
+        raise ValueError("its tokenizer is not that of the model, or the same for different control words")
 
 
 def check_reward(args):
@@ -1656,14 +1581,14 @@ def check_reward(args):
     if args.reward_model == "HPS":
         with input_error(f"Without `--reward_model_path`, {HPS_FILE} is needed from the Hub, which failed"):
             path = args.reward_model_path or huggingface_hub.hf_hub_download(HPS_REPOSITORY, HPS_FILE)
-        args.reward_model_path = path
+        args.reward_model_path, flag = path, f"`--reward_model_path {path}`"
         if not os.path.isfile(path):
             download = f"hf download {HPS_REPOSITORY} {HPS_FILE} --local-dir ."
-            raise ValueError(f"`--reward_model_path {path}` is not a file. Download it with `{download}`.")
-        with input_error(f"`--reward_model_path {path}` is not a checkpoint with a `state_dict`"):
+            raise ValueError(f"{flag} is not a file. Download it with `{download}`.")
+        with input_error(f"{flag} is not a checkpoint with a `state_dict`"):
             weights = HPSReward.read_weights(path)
             shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-        with input_error(f"`--reward_model_path {path}` is not of the architecture {HPS_ARCHITECTURE}"):
+        with input_error(f"{flag} is not of the architecture {HPS_ARCHITECTURE}"):
             check_weights(HPSReward.empty_model(), shapes)
         return fingerprint(weights[REWARD_LAYER])
     if args.reward_model == "PickScore":
@@ -1672,61 +1597,49 @@ def check_reward(args):
     if (path := args.reward_model_path) is None:
         raise ValueError("`--reward_model CLIP` needs `--reward_model_path`, the folder or Hub id of a CLIPModel.")
     args.reward_processor_path = processor = args.reward_processor_path or path
-    source = {"pretrained_model_name_or_path": path}
     with input_error(f"`--reward_model_path {path}` is not the folder or Hub id of a CLIPModel"):
         config = transformers.AutoConfig.from_pretrained(path)
         if config.model_type != "clip":
             raise ValueError(f"it is of type `{config.model_type}`, and {args.reward_model} needs type `clip`")
+        where = {"pretrained_model_name_or_path": path}, "", TRANSFORMERS_STEM
         with torch.device("meta"):
-            model = transformers.CLIPModel(config)
-        check_weights(model, read_shapes(weight_files(source, "", TRANSFORMERS_STEM)))
-        found = weights_fingerprint(source, "", TRANSFORMERS_STEM, f"{REWARD_LAYER}.weight")
+            check_weights(transformers.CLIPModel(config), read_shapes(weight_files(*where)))
     with input_error(f"`--reward_processor_path {processor}` is not the folder or Hub id of a whole processor"):
-        # Without these files transformers makes a tokenizer of its own, which knows no words.
-        find = partial(transformers.utils.cached_file, processor, _raise_exceptions_for_missing_entries=False)
-        if not (find("tokenizer.json") or (find("vocab.json") and find("merges.txt"))):
-            raise ValueError("it has neither `tokenizer.json` nor `vocab.json` and `merges.txt`")
-        words = {*args.positive_words, *args.negative_words}
-        tokens = transformers.CLIPProcessor.from_pretrained(processor).tokenizer([*words]).input_ids
-        if len({*map(tuple, tokens)}) < len(words) or max(map(max, tokens)) >= config.text_config.vocab_size:
-            raise ValueError(
-                "its tokenizer has not the words of the model, or is the same for different control words"
-            )
-    return found
+        check_tokenizer(processor, {*args.positive_words, *args.negative_words}, config.text_config.vocab_size)
+    return weights_fingerprint(*where, f"{REWARD_LAYER}.weight")
 
 
 def check_output_dir(args):
     """Refuses to write into a folder that is in use for something else, or that holds an input of the run; and a
     checkpoint to resume from that is not there."""
-    output, resume_from = Path(args.output_dir), args.resume_from_checkpoint
-    with input_error(f"`--output_dir {output}` cannot be used"):
+    output, resume_from, flag = Path(args.output_dir), args.resume_from_checkpoint, f"`--output_dir {args.output_dir}`"
+    with input_error(f"{flag} cannot be used"):
         found = {path.name for path in output.iterdir()} if os.path.lexists(output) else set()
-        saved = ", ".join(map(str, list_checkpoints(output)))
-    for flag, path in ((flag, Path(vars(args)[flag] or "").resolve()) for flag in PATH_FLAGS):
-        if os.path.exists(path) and vars(args)[flag] and output.resolve() in (path, *path.parents):
-            raise ValueError(f"`--{flag} {path}` lies in `--output_dir {output}`. Choose another folder to write to.")
-    if resume_from not in (None, "latest") and not (
-        os.path.isfile(Path(resume_from, STATE_FILE)) and Path(resume_from).suffix != ".unfinished"
-    ):
-        problem = f"`--resume_from_checkpoint {resume_from}` is not a complete checkpoint"
-        raise ValueError(f"{problem}; `output_dir` has {saved or 'none'}.")
+        saved, is_named = list_checkpoints(output), resume_from not in (None, "latest")
+    for name in PATH_FLAGS:
+        path = Path(vars(args)[name] or os.devnull).resolve()
+        if os.path.exists(path) and output.resolve() in (path, *path.parents):
+            raise ValueError(f"`--{name} {path}` lies in {flag}. Choose another folder to write to.")
+    is_whole_name = Path(resume_from or "").suffix != ".unfinished"
+    if is_named and not (is_whole_name and os.path.isfile(Path(resume_from, STATE_FILE))):
+        advice = f"`output_dir` has {', '.join(map(str, saved)) or 'none'}"
+        raise ValueError(f"`--resume_from_checkpoint {resume_from}` is not a complete checkpoint; {advice}.")
     if found and MARKER not in found:
-        raise ValueError(f"`--output_dir {output}` is not empty, and not the folder of a run. Choose another.")
+        raise ValueError(f"{flag} is not empty, and not the folder of a run. Choose another.")
     if resume_from == "latest" and not saved and found & {*EXPERTS, LORA_FILE}:
-        raise ValueError(f"`--output_dir {output}` has results, but no checkpoint to resume from. Choose another.")
+        raise ValueError(f"{flag} has results, but no checkpoint to resume from. Choose another.")
     if found - {MARKER} and not (resume_from or args.overwrite_output_dir):
         advice = "continue its run with `--resume_from_checkpoint latest`, or delete it with `--overwrite_output_dir`"
-        raise ValueError(f"`--output_dir {output}` is not empty. Choose another, {advice}.")
+        raise ValueError(f"{flag} is not empty. Choose another, {advice}.")
 
 
 def check_deepspeed(args, config, num_processes):
     """Refuses a DeepSpeed file that contradicts the flags, and flags that DeepSpeed cannot follow."""
-    needs = "needs a configuration without DeepSpeed, which"
-    if args.optimizer == "adamw_8bit":
-        cause = "joins all weights into one vector, of a size that torchao leaves in float32"
-        raise ValueError(f"`--optimizer adamw_8bit` {needs} {cause}.")
-    if args.base_weights == "fp8":
-        raise ValueError(f"`--base_weights fp8` {needs} casts all weights alike.")
+    if args.optimizer == "adamw_8bit" or args.base_weights == "fp8":
+        problem = (
+            "`--optimizer adamw_8bit` and `--base_weights fp8` need a configuration without DeepSpeed, which joins"
+        )
+        raise ValueError(f"{problem} and casts all weights alike.")
     if args.compile and config["zero_optimization"]["stage"] == 3:
         raise ValueError("`--compile` needs whole weights; under ZeRO-3 they come and go while a block runs.")
     if section := {"optimizer", "scheduler"} & config.keys():
@@ -1748,29 +1661,33 @@ def make_accelerator(args):
     """The [`Accelerator`] of the run, with DeepSpeed's settings filled in from the flags. Sets up libraries, too."""
     diffusers.utils.check_min_version("0.40.0")
     console = logging.StreamHandler(DummyTqdmFile(sys.stderr))  # above the bars
-    logging.basicConfig(format=LOG_FORMAT, datefmt="%m/%d/%Y %H:%M:%S", handlers=[console])
     console.setLevel(logging.INFO)
+    logging.basicConfig(format=LOG_FORMAT, datefmt="%m/%d/%Y %H:%M:%S", handlers=[console])
     logger.setLevel(logging.DEBUG)
-    transformers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.set_verbosity_error()
+    for library in (transformers, diffusers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
     set_seed(args.seed)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
         torch.use_deterministic_algorithms(True)
-        torch.backends.cuda.enable_mem_efficient_sdp(False)  # attention whose gradient is not
+        torch.backends.cuda.enable_mem_efficient_sdp(False)  # attention whose gradient is not deterministic
         torch.backends.cuda.enable_cudnn_sdp(False)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     on_cpu, uses_deepspeed = not torch.accelerator.is_available(), os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     # The others wait while one process downloads or writes a model. On CPUs DeepSpeed must not look for NCCL.
     group = {"timeout": timedelta(hours=2), **({"backend": "gloo"} if on_cpu and uses_deepspeed else {})}
-    options = {"cpu": on_cpu and not uses_deepspeed, "kwargs_handlers": [InitProcessGroupKwargs(**group)]}
-    options["project_config"] = ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir)))
-    options["gradient_accumulation_steps"] = args.gradient_accumulation_steps
-    options["step_scheduler_with_optimizer"] = False  # the learning rate follows updates, not updates times processes
     file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     with input_error(f"`accelerate launch` and its configuration files (DeepSpeed: `{file}`) cannot be used together"):
-        accelerator = Accelerator(log_with=None if args.report_to == "none" else args.report_to, **options)
+        accelerator = Accelerator(
+            log_with=None if args.report_to == "none" else args.report_to,
+            cpu=on_cpu and not uses_deepspeed,
+            kwargs_handlers=[InitProcessGroupKwargs(**group)],
+            project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir))),
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            step_scheduler_with_optimizer=False,  # the rate follows updates, not updates times processes
+        )
     if accelerator.mixed_precision == "fp16":
         raise ValueError("`mixed_precision: fp16` is too narrow for Wan's transformer. Use bf16.")
     if accelerator.deepspeed_plugin:
@@ -1785,34 +1702,28 @@ def make_accelerator(args):
 
 
 def make_run(accelerator, args, model, dtype, dataset, hashes):
-    """The [`Run`] of the flags. What decides its result is flags, data, and models by their `hashes`."""
-    engine, masters, bytes_per_weight = "without DeepSpeed", "bf16_master_weights_and_grads", 12
+    """The [`Run`] of the flags. What decides its result is flags, captions, and models by their `hashes`."""
+    engine, bytes_per_weight = "without DeepSpeed", 4.1 if args.optimizer == "adamw_8bit" else 12
     if accelerator.deepspeed_plugin:
-        config = accelerator.deepspeed_plugin.deepspeed_config
-        zero, has_masters = config["zero_optimization"], config.get("bf16", {}).get(masters, False)
-        options = [name for name in ("offload_param", "offload_optimizer") if name in zero]
-        engine = ", ".join([f"ZeRO-{zero['stage']}", *options, *([masters] if has_masters else [])])
-        bytes_per_weight = 8 if has_masters else 14
-    bytes_per_weight = 4.1 if args.optimizer == "adamw_8bit" else bytes_per_weight
+        config, masters = accelerator.deepspeed_plugin.deepspeed_config, "bf16_master_weights_and_grads"
+        zero, masters = config["zero_optimization"], [masters] if config.get("bf16", {}).get(masters) else []
+        offloads = [name for name in ("offload_param", "offload_optimizer") if name in zero]
+        engine, bytes_per_weight = ", ".join([f"ZeRO-{zero['stage']}", *offloads, *masters]), 8 if masters else 14
     with torch.device("meta"):
-        parts = set_up_transformer(copy.deepcopy(model.transformer), args).parameters()
-    size = bytes_per_weight * sum(part.numel() for part in parts if part.requires_grad)
-    texts = [list(rows["caption"]) for rows in dataset.values()]
-    texts += [list(rows["boundary_seeds"]) for rows in dataset.values() if "boundary_seeds" in rows.features]
+        weights = set_up_transformer(copy.deepcopy(model.transformer), args).parameters()
+    size = bytes_per_weight * sum(weight.numel() for weight in weights if weight.requires_grad)
+    captions = json.dumps([list(rows["caption"]) for rows in dataset.values()]).encode()
     identity = {"engine": engine, "mixed_precision": accelerator.mixed_precision, **hashes}
-    identity |= {"dataset": hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]}
-    identity |= {"num_processes": accelerator.num_processes}
+    identity |= {"num_processes": accelerator.num_processes, "dataset": hashlib.sha256(captions).hexdigest()[:16]}
     identity |= {name: value for name, value in vars(args).items() if name not in (*FREE_FLAGS, *PATH_FLAGS)}
     if not args.lr_scheduler.startswith("constant"):
         identity["max_train_steps"] = args.max_train_steps
-    repo_id, two_experts = args.hub_model_id or Path(args.output_dir).resolve().name, model.boundary_ratio is not None
-    return Run(Path(args.output_dir), vars(args), model.expert, two_experts, dtype, identity, size, repo_id)
+    repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
+    return Run(Path(args.output_dir), vars(args), model.expert, dtype, identity, size, repo_id)
 
 
 def create_repository(run):
-    """Makes the repository on the Hub, if results are to be pushed. Returns the [`Run`] with its full name."""
-    if not run.flags["push_to_hub"]:
-        return run
+    """Makes the repository on the Hub that results are pushed to. Returns the [`Run`] with its full name."""
     options = {"private": run.flags["hub_private_repo"], "exist_ok": True}
     with input_error(f"`--push_to_hub` cannot create `{run.repo_id}`; see `--hub_model_id`, and `hf auth whoami`"):
         return run._replace(repo_id=with_retries(lambda: huggingface_hub.create_repo(run.repo_id, **options)).repo_id)
@@ -1828,13 +1739,10 @@ def remember_signal(received, speaks, number, _frame):
     """What a signal does. Before the first update, when `received` is empty, it ends the run; later the update at hand
     is finished and saved first, except that a second Ctrl-C ends the run at once, as if it were killed."""
     again = number == signal.SIGINT in received
-    what = "the update at hand will be finished and saved. Ctrl-C again ends the run at once."
-    if again or not received:
-        what = "the run has ended at once, and its checkpoints are whole."
+    what = "the update at hand will be finished and saved; Ctrl-C again ends at once"
+    message = f"\n{signal.Signals(number).name}: {'the run has ended' if again or not received else what}.\n"
     if speaks:
-        os.write(
-            sys.stderr.fileno(), f"\n{signal.Signals(number).name}: {what}\n".encode()
-        )  # a handler must not print
+        os.write(sys.stderr.fileno(), message.encode())  # a handler must not print
     if again:
         os._exit(128 + number)
     if not received:
@@ -1862,14 +1770,15 @@ def set_up_transformer(transformer, args):
 def load_models(accelerator, args, model, dtypes, negative_prompt_embeds):
     """The [`Models`] of the flags; see [`choose_dtypes`] for `dtypes`."""
     device, (weight_dtype, transformer_dtype) = accelerator.device, dtypes
-    where = "pretrained_model_name_or_path", args.pretrained_model_name_or_path
     vae = diffusers.AutoencoderKLWan.from_pretrained(**model.source, subfolder="vae", dtype=weight_dtype)
-    flatten_vae(require_finite(vae, *where)).requires_grad_(False).eval().to(device)
+    expert = {**model.source, "subfolder": model.expert, "dtype": transformer_dtype}
+    transformer = diffusers.WanTransformer3DModel.from_pretrained(**expert)
     options = {"device": device, "dtype": torch.bfloat16 if args.reward_dtype == "bf16" else torch.float32}
     kind = HPSReward if args.reward_model == "HPS" else partial(CLIPReward, processor_path=args.reward_processor_path)
-    reward = require_finite(kind(args.reward_model_path, **options), "reward_model_path", args.reward_model_path)
-    expert = {**model.source, "subfolder": model.expert, "dtype": transformer_dtype}
-    transformer = require_finite(diffusers.WanTransformer3DModel.from_pretrained(**expert), *where)
+    reward = kind(args.reward_model_path, **options)
+    for name, module in {PATH_FLAGS[0]: torch.nn.ModuleList([vae, transformer]), "reward_model_path": reward}.items():
+        require_finite(module, f"`--{name} {vars(args)[name]}`")
+    flatten_vae(vae).requires_grad_(False).eval().to(device)
     torch.manual_seed(args.seed)  # all processes make the same LoRA
     keep_rotary_tables(set_up_transformer(transformer, args), device)
     scheduler = make_scheduler(args.rollout_scheduler, args.rollout_shift or model.flow_shift)
@@ -1913,18 +1822,17 @@ def skip_update(accelerator, recipe, rollouts, run, state):
     for rollout in rollouts:
         branches = plan_update(recipe, state.step - 1, rollout.samples).branches
         levels = {each.name: [each.sigma_from.tolist(), each.sigma_to.tolist()] for each in branches}
-        rows.append(json.dumps({"step": state.step, "captions": rollout.captions, **levels}))
-    rows = gather_object(rows)
+        rows.append(json.dumps({"step": state.step, "captions": rollout.captions, **levels}) + "\n")
+    rows, file = gather_object(rows), run.output_dir / SKIPPED_FILE
+    problem = f"Update {state.step} is skipped: its loss or gradient is NaN or infinite. See {file}"
+    logger.warning(f"{problem}.")
     if accelerator.is_main_process:
-        with (run.output_dir / SKIPPED_FILE).open("a") as file:
-            file.writelines(f"{row}\n" for row in rows)
-    problem = f"update {state.step} was skipped, because its loss or gradient is NaN or infinite"
-    logger.warning(f"{problem}. Its captions and noise levels are in {SKIPPED_FILE} and train.log.")
-    logger.debug("\n".join(rows))
+        logger.debug(rows)
+        with file.open("a") as stream:
+            stream.writelines(rows)
     if state.skipped >= run.flags["max_skipped_updates"]:
         last = (list_checkpoints(run.output_dir) or ["the base model"])[-1]
-        problem += f". It is number {state.skipped} (`--max_skipped_updates`). See {run.output_dir / SKIPPED_FILE}"
-        raise SystemExit(f"error: {problem}. The last good state is {last}.")
+        raise SystemExit(f"error: {problem}, and `--max_skipped_updates`. The last good state is {last}.")
 
 
 def gather_means(accelerator, metrics, received):
@@ -1934,21 +1842,6 @@ def gather_means(accelerator, metrics, received):
     gathered = accelerator.gather(torch.stack([*metrics.values(), received])[None])
     *means, received = torch.cat([gathered.mean(0)[:-1], gathered.max(0).values[-1:]]).tolist()
     return dict(zip(metrics, means, strict=True)), int(received)
-
-
-def log_update(accelerator, logs, state):
-    """Writes the figures of an update into the history of the run, trackers and `train.log`."""
-    state.history.append({"step": state.step, **logs})
-    accelerator.log(logs, step=state.step)
-    logger.debug(f"step {state.step}: " + ", ".join(f"{name} {value:.5g}" for name, value in logs.items()))
-
-
-def log_summary(run, state):
-    """Says what came of a run, and where it is."""
-    scores = [row["validation_relative"] for row in state.history if "validation_relative" in row]
-    change = f", relative reward {scores[0]:.4f} -> {scores[-1]:.4f}" if scores else ""
-    logger.info(f"Finished: {state.step} updates, {state.skipped} of them skipped{change}.")
-    logger.info(f"Results are in {run.output_dir}: see README.md, reward.png{', before_after.png' if scores else ''}.")
 
 
 def load_batches(sampler, rows, collate, device, num_workers):
@@ -1976,8 +1869,9 @@ def main(args):
             run = make_run(accelerator, args, model, dtypes[0], dataset, hashes)
             checkpoint, state = find_checkpoint(accelerator, run)
             if accelerator.is_main_process:
-                held.enter_context(claim_output_dir(run))
-                run = create_repository(run)
+                size = 0 if args.overwrite_output_dir else run.checkpoint_size  # overwriting makes room
+                held.enter_context(claim_output_dir(run.output_dir, size))
+                run = create_repository(run) if args.push_to_hub else run
             accelerator.wait_for_everyone()
             # 2. Load models and data. Captions were encoded before, so the text encoder stays on disk.
             collate = partial(collate_fn, max_sequence_length=args.max_sequence_length, dtype=dtypes[1])
@@ -2003,7 +1897,8 @@ def main(args):
         if checkpoint is not None:
             if validation is not None and not (validation.folder / "step-0" / "scores.json").is_file():
                 validate(accelerator, models, recipe, validation, RunState())
-            load_checkpoint(accelerator, adam, checkpoint, is_lora=args.lora_rank is not None)
+            with one_line_errors():
+                load_checkpoint(accelerator, adam, checkpoint, is_lora=args.lora_rank is not None)
             logger.info(f"Resumed from {checkpoint} at step {state.step}")
         schedule = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
         schedule["last_epoch"] = state.step - 1  # the rate is a function of the step, so no checkpoint holds it
@@ -2020,11 +1915,8 @@ def main(args):
         batches = load_batches(sampler, rows, collate, device, args.dataloader_num_workers)
         held.callback(batches.close)  # ends the processes that load data, which ignore all signals
         samples_per_update = args.train_batch_size * accelerator.num_processes * accumulation
-        logger.info("***** Running training *****")
-        logger.info(f"  Num captions = {len(rows)}")
-        logger.info(f"  Total train batch size (w. parallel, distributed & accumulation) = {samples_per_update}")
-        logger.info(f"  Total optimization steps = {args.max_train_steps}")
-        logger.info(f"  Trained noise levels = {recipe.train_sigmas[0]:.3f} to {recipe.train_sigmas[-1]:.3f}")
+        window = f"noise levels {recipe.train_sigmas[0]:.3f} to {recipe.train_sigmas[-1]:.3f}"
+        logger.info(f"Training on {samples_per_update} of {len(rows)} captions in an update, on {window}")
         progress_bar = tqdm(total=args.max_train_steps, initial=state.step, desc="Steps")
         # A signal is remembered, so that the update at hand is finished and saved before the run ends.
         signals.append(0)
@@ -2050,7 +1942,9 @@ def main(args):
             lr_scheduler.step()
             state.step += 1
             if np.isfinite(list(logs.values())).all():
-                log_update(accelerator, logs, state)
+                state.history.append({"step": state.step, **logs})
+                accelerator.log(logs, step=state.step)
+                logger.debug(f"step {state.step}: " + ", ".join(f"{name} {logs[name]:.5g}" for name in logs))
                 progress_bar.set_postfix(loss=f"{logs['loss']:.4f}", reward=f"{logs['reward_positive']:.4f}")
             else:
                 skip_update(accelerator, recipe, rollouts, run, state)
@@ -2075,7 +1969,9 @@ def main(args):
         what = f"Stopped by {signal.Signals(stopped_by).name} after {state.step} updates, which are saved."
         logger.warning(f"{what} Continue with the same command and `--resume_from_checkpoint latest`.")
         raise SystemExit(128 + stopped_by)
-    log_summary(run, state)
+    scores = [f"{row['validation_relative']:.4f}" for row in state.history if "validation_relative" in row]
+    change = f", relative reward {scores[0]} -> {scores[-1]}" if scores else ""
+    logger.info(f"Finished: {state.step} updates, {state.skipped} of them skipped{change}. See {run.output_dir}")
 
 
 if __name__ == "__main__":
