@@ -975,18 +975,19 @@ def list_checksums(accelerator, folder):
 
     def line(file):
         with file.open("rb") as stream:
-            return f"{huggingface_hub.utils.sha.sha_fileobj(stream).hex()}  {file.relative_to(folder)}\n"
+            return f"{huggingface_hub.utils.sha.sha_fileobj(stream).hex()}  {file.relative_to(folder)}"
 
     files = sorted(file for file in Path(folder).rglob("*") if file.is_file() and file.name != CHECKSUMS)
     with ThreadPoolExecutor() as threads:
         lines = threads.map(line, files[accelerator.process_index :: accelerator.num_processes])
-    return "".join(sorted(gather_object([*lines])))
+    return gather_object([*lines])
 
 
-def is_whole(accelerator, folder):
-    """Whether the files of a checkpoint are those that were saved. All processes must call it."""
+def find_damage(accelerator, folder):
+    """The name of a file in a checkpoint that is not what was saved, or `None`. All processes must call it."""
     file = Path(folder, CHECKSUMS)
-    return file.is_file() and file.read_text(errors="replace") == list_checksums(accelerator, folder)
+    listed = file.read_text(errors="replace").splitlines() if file.is_file() else [CHECKSUMS]
+    return min((line.split("  ")[-1] for line in {*listed} ^ {*list_checksums(accelerator, folder)}), default=None)
 
 
 def require_finite_weights(accelerator, transformer, run):
@@ -1025,7 +1026,7 @@ def save_checkpoint(accelerator, transformer, run, state):
         accelerator.wait_for_everyone()
         checksums = list_checksums(accelerator, new)
         if main:
-            (new / CHECKSUMS).write_text(checksums)
+            (new / CHECKSUMS).write_text("".join(f"{line}\n" for line in checksums))
     if main:
         for old in list_checkpoints(run.output_dir)[: -(run.flags["checkpoints_total_limit"] or sys.maxsize)]:
             discard(old)
@@ -1051,9 +1052,9 @@ def find_checkpoint(accelerator, run):
     folder = (saved or [None])[-1] if folder == "latest" else folder
     if folder is None:
         return None, RunState()
-    if not is_whole(accelerator, folder):
-        whole = next((each for each in saved[::-1] if is_whole(accelerator, each)), "none")
-        raise ValueError(f"{folder} is damaged: {CHECKSUMS} in it lists other files. The newest whole one is {whole}.")
+    if damage := find_damage(accelerator, folder):
+        whole = next((each for each in saved[::-1] if find_damage(accelerator, each) is None), "none")
+        raise ValueError(f"{folder} is damaged: `{damage}` is not what was saved. The newest whole one is {whole}.")
     content, new = read_state(folder), json.loads(json.dumps(run.identity))
     changes = {name: f"{name}: {content['run'].get(name)}, which is now {new[name]}" for name in new}
     changes = {name: text for name, text in changes.items() if content["run"].get(name) != new[name]}
