@@ -80,6 +80,7 @@ matplotlib_figure, torchao_optim = LazyModule("matplotlib.figure"), LazyModule("
 TF = LazyModule("torchvision.transforms.v2.functional")
 
 logger = get_logger(__name__)
+logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's import makes it warn
 TRACKER_NAME = "srpo-wan-t2i"
 LOG_FORMAT = "%(asctime)s - %(levelname)s - %(name)s - %(message)s"
 
@@ -1219,12 +1220,8 @@ def number(kind=float, at_least=-math.inf, above=-math.inf, below=math.inf):
 
 
 def parse_args(input_args=None):
-    parser = argparse.ArgumentParser(
-        description="Fine-tune the low-noise expert of Wan2.2 for text-to-image with SRPO.",
-        usage="accelerate launch --config_file F %(prog)s --pretrained_model_name_or_path M --dataset_name D [...]",
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
-    )
+    usage = "accelerate launch --config_file F %(prog)s --pretrained_model_name_or_path M --dataset_name D [...]"
+    parser = argparse.ArgumentParser(usage=usage, formatter_class=HelpFormatter, allow_abbrev=False)
     count, positive, guidance = number(int, at_least=1), number(above=0), number(at_least=1)
     from_0, share, index = number(at_least=0), number(at_least=0, below=1), number(int, at_least=0)
     grid, ratio, extra = number(int, at_least=2 * POSITION_MARGIN), number(above=0, below=1), number(above=-1)
@@ -1655,9 +1652,6 @@ def make_accelerator(args):
     console.setLevel(logging.INFO)
     logging.basicConfig(format=LOG_FORMAT, datefmt="%m/%d/%Y %H:%M:%S", handlers=[console])
     logger.setLevel(logging.DEBUG)
-    for library in (transformers, diffusers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
     set_seed(args.seed)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
@@ -1667,18 +1661,17 @@ def make_accelerator(args):
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     on_cpu, uses_deepspeed = not torch.accelerator.is_available(), os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    os.environ |= {"DS_ACCELERATOR": "cpu"} if on_cpu else {}  # DeepSpeed would warn that it chose it
     # The others wait while one process downloads or writes a model. On CPUs DeepSpeed must not look for NCCL.
     group = {"timeout": timedelta(hours=2), **({"backend": "gloo"} if on_cpu and uses_deepspeed else {})}
+    options = {"cpu": on_cpu and not uses_deepspeed, "kwargs_handlers": [InitProcessGroupKwargs(**group)]}
+    options["project_config"] = ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir)))
+    options["log_with"] = None if args.report_to == "none" else args.report_to
+    options["gradient_accumulation_steps"] = args.gradient_accumulation_steps
+    options["step_scheduler_with_optimizer"] = False  # the rate follows updates, not updates times processes
     file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     with input_error(f"`accelerate launch` and its configuration files (DeepSpeed: `{file}`) cannot be used together"):
-        accelerator = Accelerator(
-            log_with=None if args.report_to == "none" else args.report_to,
-            cpu=on_cpu and not uses_deepspeed,
-            kwargs_handlers=[InitProcessGroupKwargs(**group)],
-            project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir))),
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
-            step_scheduler_with_optimizer=False,  # the rate follows updates, not updates times processes
-        )
+        accelerator = Accelerator(**options)
     if accelerator.mixed_precision == "fp16":
         raise ValueError("`mixed_precision: fp16` is too narrow for Wan's transformer. Use bf16.")
     if accelerator.deepspeed_plugin:
@@ -1846,6 +1839,9 @@ def load_batches(sampler, rows, collate, device, num_workers):
 def main(args):
     signals, stopped_by = [], 0
     catch_signals(partial(remember_signal, signals, int(os.environ.get("RANK", 0)) == 0))
+    for library in (transformers, diffusers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
     with ExitStack() as held:
         # 1. Refuse what cannot succeed before any model is loaded, and hold the output folder until the end.
         with one_line_errors():
