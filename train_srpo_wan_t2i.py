@@ -45,7 +45,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -166,10 +166,8 @@ def direct_align_step(predict_velocity, x0, noise, sigma_from, sigma_to):
     Returns x0_hat, of the shape of `x0`, which it equals if the predicted velocity is exactly `noise - x0`. The slope
     d x0_hat / d velocity = (sigma_to - sigma_from) / (1 - sigma_to) is negative when denoising and positive when
     inverting. Source: the SRPO paper."""
-    start, end = (
-        torch.as_tensor(sigma, dtype=x0.dtype, device=x0.device).reshape(-1, *[1] * (x0.ndim - 1))
-        for sigma in (sigma_from, sigma_to)
-    )
+    levels = (torch.as_tensor(sigma, dtype=x0.dtype, device=x0.device) for sigma in (sigma_from, sigma_to))
+    start, end = (level.reshape(-1, *[1] * (x0.ndim - 1)) for level in levels)
     x = (start * noise + (1 - start) * x0).detach()
     x = x + (end - start) * predict_velocity(x, sigma_from)
     return (x - end * noise) / (1 - end)
@@ -287,15 +285,13 @@ class SampleSampler:
         return range(first, first + self.batch_size)
 
     def __iter__(self):
-        epoch, order = None, None
+        @lru_cache(maxsize=1)
+        def order(epoch):
+            return torch.randperm(self.dataset_size, generator=make_generator(self.seed, SHUFFLE, epoch)).tolist()
+
         for number in self.numbers:
-            batch = []
-            for sample in self.samples(number):
-                if sample // self.dataset_size != epoch:
-                    epoch = sample // self.dataset_size
-                    order = torch.randperm(self.dataset_size, generator=make_generator(self.seed, SHUFFLE, epoch))
-                batch.append(order[sample % self.dataset_size].item())
-            yield batch
+            places = (divmod(sample, self.dataset_size) for sample in self.samples(number))
+            yield [order(epoch)[place] for epoch, place in places]
 
 
 def noise_generators(recipe, group, samples, *reuse):
@@ -357,7 +353,7 @@ def transformer_velocity(transformer, latents, sigma, prompt_embeds, token_patch
     sigma = torch.as_tensor(sigma, dtype=torch.float32).to(latents.device, non_blocking=True)
     timestep = 1000 * sigma.expand(len(latents))
     if token_patch is not None:
-        tokens = np.prod([size // patch for size, patch in zip(latents.shape[2:], token_patch, strict=True)]).item()
+        tokens = math.prod(size // patch for size, patch in zip(latents.shape[2:], token_patch, strict=True))
         timestep = timestep[:, None].expand(-1, tokens)
     latents = latents.to(prompt_embeds.dtype)
     return transformer(latents, timestep, encoder_hidden_states=prompt_embeds, return_dict=False)[0].float()
@@ -413,8 +409,7 @@ class ImageConv(torch.nn.Conv2d):
 
     def __init__(self, conv):
         sizes = conv.in_channels, conv.out_channels, conv.kernel_size[1:], conv.stride[1:], conv._padding[2::-2]
-        like = {"bias": conv.bias is not None, "device": conv.weight.device, "dtype": conv.weight.dtype}
-        super().__init__(*sizes, **like)
+        super().__init__(*sizes, bias=conv.bias is not None, device=conv.weight.device, dtype=conv.weight.dtype)
         self.load_state_dict({**conv.state_dict(), "weight": conv.weight[:, :, -1]})
 
     def forward(self, x, _cache=None):
@@ -424,10 +419,9 @@ class ImageConv(torch.nn.Conv2d):
 def flatten_vae(vae):
     """Turns an `AutoencoderKLWan` into one for single images, which gives the same: a causal 3-D convolution sees the
     image behind frames of zeros, so of its kernel only the last temporal slice matters, which is a 2-D one."""
-    for module in list(vae.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, wan_vae.WanCausalConv3d):
-                setattr(module, name, ImageConv(child).requires_grad_(child.weight.requires_grad))
+    for name, module in list(vae.named_modules()):
+        if isinstance(module, wan_vae.WanCausalConv3d):
+            vae.set_submodule(name, ImageConv(module).requires_grad_(module.weight.requires_grad))
     return vae
 
 
@@ -436,10 +430,8 @@ def decode_latents(vae, latents):
     the share of values that were clamped, (), which carry no gradient; float32. The same as `vae.decode`, except that
     the decoder's blocks are checkpointed where gradients flow: `AutoencoderKLWan` has no gradient checkpointing, and
     its cache of frames, which one frame does not need, would break the recomputation."""
-    mean, std = (
-        torch.tensor(values, dtype=latents.dtype).to(latents.device, non_blocking=True).view(1, -1, 1, 1, 1)
-        for values in (vae.config.latents_mean, vae.config.latents_std)
-    )
+    statistics = torch.tensor([vae.config.latents_mean, vae.config.latents_std], dtype=latents.dtype)
+    mean, std = statistics.to(latents.device, non_blocking=True).view(2, 1, -1, 1, 1, 1)
     decoder = vae.decoder
     x = decoder.conv_in(vae.post_quant_conv((latents * std + mean).to(vae.dtype)))
     blocks = [decoder.mid_block, *(partial(block, first_chunk=True) for block in decoder.up_blocks)]
@@ -469,12 +461,8 @@ def preprocess_pixels(pixels, image_size, mean, std, keep_borders):
     height, width = pixels.shape[-2:]
     scale = image_size / (max if keep_borders else min)(height, width)
     columns, rows = (resize_matrix(size, round(size * scale), pixels.device) for size in (height, width))
-    pixels = columns @ pixels @ rows.T
-    height, width = pixels.shape[-2:]
-    if keep_borders:
-        left, top = (image_size - width) // 2, (image_size - height) // 2
-        pixels = TF.pad(pixels, [left, top, image_size - width - left, image_size - height - top])
-    return TF.normalize(TF.center_crop(pixels, [image_size, image_size]), mean, std)
+    pixels = TF.center_crop(columns @ pixels @ rows.T, [image_size, image_size])  # it fills up with zeros
+    return TF.normalize(pixels, mean, std)
 
 
 class RewardModel(torch.nn.Module):
@@ -495,7 +483,7 @@ class RewardModel(torch.nn.Module):
     def encode_texts(self, texts):
         """List of B strings -> (B, D) float32 of unit norm. Every text is encoded once in a run, and alone: in a batch
         its last bits would depend on the others, which after resuming are others."""
-        for text in dict.fromkeys(texts):
+        for text in texts:
             if text not in self.text_cache:
                 self.text_cache[text] = F.normalize(self.text_features([text]).float(), dim=-1)[0]
         return torch.stack([self.text_cache[text] for text in texts])
@@ -623,9 +611,8 @@ def graded_pass(models, rollout, plan, recipe):
     """Takes the graded step of all branches of a [`Plan`] from the x0 of a [`Rollout`] as one batch, decodes and
     scores it. Returns the loss, `torch.Tensor` of shape (), and metrics, a dict of detached tensors of shape ()."""
     count, drifts = len(plan.branches), []
-    x0, noise, prompt_embeds = (
-        tensor.repeat(count, *[1] * (tensor.ndim - 1)) for tensor in (rollout.x0, rollout.noise, rollout.prompt_embeds)
-    )
+    tensors = rollout.x0, rollout.noise, rollout.prompt_embeds
+    x0, noise, prompt_embeds = (torch.cat([tensor] * count) for tensor in tensors)
     rows = [torch.stack([b.sigma_from, b.sigma_to, b.discount, b.swap, plan.weight]) for b in plan.branches]
     # All at once, without waiting for the GPU.
     sigma_from, sigma_to, discount, swap, weight = torch.cat(rows, dim=1).to(x0.device, non_blocking=True)
@@ -804,9 +791,8 @@ def validate(accelerator, models, recipe, validation, state):
         return
     if any(row["step"] == state.step and "validation_reward" in row for row in state.history):
         return
-    painted = {
-        index: result for index, *result in gather_object(paint_validation(accelerator, models, recipe, validation))
-    }
+    painted = gather_object(paint_validation(accelerator, models, recipe, validation))
+    painted = {index: result for index, *result in painted}
     images, rewards, relative = zip(*(painted[index] for index in sorted(painted)), strict=True)
     means = {"validation_reward": np.mean(rewards).item(), "validation_relative": np.mean(relative).item()}
     if accelerator.is_main_process:
