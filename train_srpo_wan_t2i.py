@@ -84,20 +84,17 @@ logger = get_logger(__name__)
 TRACKER_NAME = "srpo-wan-t2i"
 LOG_FORMAT = "%(asctime)s - %(levelname)s - %(name)s - %(message)s"
 
-# The control words of the published run, fastvideo/SRPO.py of the SRPO repository.
+# Of fastvideo/SRPO.py: the control words, and how close to an end of the training grid positions are not drawn.
 POSITIVE_WORDS = ("Natural-lighting", "Detail", "Detailed", "Real")
 NEGATIVE_WORDS = ("Concept art", "Painting", "Anime", "Flat", "Oil")
-# Positions this close to either end of the training grid are not drawn (fastvideo/SRPO.py).
 POSITION_MARGIN = 5
 # Where a reward model comes from when `--reward_model_path` is not given.
 HPS_REPOSITORY, HPS_FILE, HPS_ARCHITECTURE = "xswu/HPSv2", "HPS_v2.1_compressed.pt", "ViT-H-14"
-PICKSCORE_REPOSITORY = "yuvalkirstain/PickScore_v1"
-PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+PICKSCORE_REPOSITORY, PICKSCORE_PROCESSOR = "yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 # The linear layers that diffusers' own scripts for Wan adapt, all of the attention, and its name for the file.
 LORA_TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0")
 LORA_FILE = "pytorch_lora_weights.safetensors"
-# What lies in the folder of a run: a file that marks it, and is locked while the run goes on; in a checkpoint, what is
-# known of it and the checksums of its files; what else a run writes, beside checkpoints.
+# In the folder of a run: its mark and lock; the state and the checksums of a checkpoint; what else a run writes.
 MARKER, STATE_FILE, CHECKSUMS, SKIPPED_FILE = "run.json", "trainer_state.json", "SHA256SUMS", "skipped.jsonl"
 RUN_FILES = f"""README.md reward.png before_after.png train.log {SKIPPED_FILE} {LORA_FILE} images/step-*/*.png
     images/step-*/scores.json */{TRACKER_NAME}/**/events.out.tfevents.* */{TRACKER_NAME}/**/hparams.yml
@@ -143,11 +140,10 @@ def make_train_sigmas(num_inference_steps, shift, train_timestep, timestep_lengt
 def branch_sigmas(train_sigmas, position, groundtruth_ratio):
     """The noise levels between which each branch takes its step. Both branches recover the image from (nearly) the
     same level: the denoise branch comes from above, the inversion branch from below. `train_sigmas` are those (L,) of
-    [`make_train_sigmas`]; 1 <= `position` < L counts from the end of low noise, else a `ValueError` is raised; and
-    `groundtruth_ratio` is the share of the window that is injected noise, the rest of which the step spans.
-
-    Returns three pairs: denoise (sigma_from, sigma_to), inversion (sigma_from, sigma_to), and the positions at which
-    the denoise and the inversion branch read their discounts. Source: fastvideo/SRPO.py."""
+    [`make_train_sigmas`]; 1 <= `position` < L counts from the end of low noise, else `ValueError`; the share
+    `groundtruth_ratio` of the window is injected noise, and the step spans the rest. Returns three pairs: denoise
+    (sigma_from, sigma_to), inversion (sigma_from, sigma_to), and the positions at which the denoise and the inversion
+    branch read their discounts. Source: fastvideo/SRPO.py."""
     length = len(train_sigmas)
     if not 1 <= position < length:
         raise ValueError(f"`position` must be between 1 and {length - 1}, but is {position}.")
@@ -162,9 +158,8 @@ def direct_align_step(predict_velocity, x0, noise, sigma_from, sigma_to):
     """Direct-Align: injects known noise, takes one Euler step, and recovers the clean latents in closed form.
     `predict_velocity` takes latents and `sigma_from`, as given; `x0` and standard normal `noise` are (B, C, T, H, W),
     and no gradient flows through them; noise levels, floats or of shape () or (B,), are in [0, 1] and sigma_to < 1.
-
     Returns x0_hat, of the shape of `x0`, which it equals if the predicted velocity is exactly `noise - x0`. The slope
-    d x0_hat / d velocity = (sigma_to - sigma_from) / (1 - sigma_to) is negative when denoising and positive when
+    d x0_hat / d velocity = (sigma_to - sigma_from) / (1 - sigma_to) is negative when denoising, positive when
     inverting. Source: the SRPO paper."""
     levels = (torch.as_tensor(sigma, dtype=x0.dtype, device=x0.device) for sigma in (sigma_from, sigma_to))
     start, end = (level.reshape(-1, *[1] * (x0.ndim - 1)) for level in levels)
@@ -238,9 +233,8 @@ def draw_positions(recipe, step, samples):
 def plan_update(recipe, step, samples):
     """The [`Plan`] of update number `step` for the samples with these numbers in the run: a pure function. Each sample
     has a noise level of its own, as each process has one in the published code. Control words change by step."""
-    length, ratio, grid = recipe.timestep_length, recipe.groundtruth_ratio, recipe.train_sigmas
-    positions = draw_positions(recipe, step, samples)
-    levels = [branch_sigmas(grid, position, ratio) for position in positions]
+    length, positions = recipe.timestep_length, draw_positions(recipe, step, samples)
+    levels = [branch_sigmas(recipe.train_sigmas, position, recipe.groundtruth_ratio) for position in positions]
     branches = []
     for index, (name, ends) in enumerate((("denoise", recipe.discount_pos), ("inversion", recipe.discount_inv))):
         if recipe.branches in ("both", name):
@@ -427,15 +421,13 @@ def flatten_vae(vae):
 
 def decode_latents(vae, latents):
     """Latents (B, C, 1, H, W), normalised as the transformer sees them -> pixels (B, 3, s * H, s * W) in [0, 1], and
-    the share of values that were clamped, (), which carry no gradient; float32. The same as `vae.decode`, except that
-    the decoder's blocks are checkpointed where gradients flow: `AutoencoderKLWan` has no gradient checkpointing, and
-    its cache of frames, which one frame does not need, would break the recomputation."""
+    the share of values that were clamped, (), which carry no gradient; float32. The same as `vae.decode`, but blocks
+    are checkpointed where gradients flow, and there is no cache of frames, which would break the recomputation."""
     statistics = torch.tensor([vae.config.latents_mean, vae.config.latents_std], dtype=latents.dtype)
     mean, std = statistics.to(latents.device, non_blocking=True).view(2, 1, -1, 1, 1, 1)
     decoder = vae.decoder
     x = decoder.conv_in(vae.post_quant_conv((latents * std + mean).to(vae.dtype)))
-    blocks = [decoder.mid_block, *(partial(block, first_chunk=True) for block in decoder.up_blocks)]
-    for block in blocks:
+    for block in (decoder.mid_block, *(partial(up_block, first_chunk=True) for up_block in decoder.up_blocks)):
         x = checkpoint(block, x, use_reentrant=False) if x.requires_grad else block(x)
     x = decoder.conv_out(decoder.nonlinearity(decoder.norm_out(x)))
     if vae.config.patch_size is not None:
@@ -461,8 +453,7 @@ def preprocess_pixels(pixels, image_size, mean, std, keep_borders):
     height, width = pixels.shape[-2:]
     scale = image_size / (max if keep_borders else min)(height, width)
     columns, rows = (resize_matrix(size, round(size * scale), pixels.device) for size in (height, width))
-    pixels = TF.center_crop(columns @ pixels @ rows.T, [image_size, image_size])  # it fills up with zeros
-    return TF.normalize(pixels, mean, std)
+    return TF.normalize(TF.center_crop(columns @ pixels @ rows.T, [image_size, image_size]), mean, std)
 
 
 class RewardModel(torch.nn.Module):
@@ -787,9 +778,8 @@ def paint_validation(accelerator, models, recipe, validation):
 
 def validate(accelerator, models, recipe, validation, state):
     """If it is time, paints and scores all prompts, into trackers, `images/step-N/` and the history of the run."""
-    if validation is None or (state.step % validation.every and state.step != validation.last):
-        return
-    if any(row["step"] == state.step and "validation_reward" in row for row in state.history):
+    due = validation is not None and (state.step % validation.every == 0 or state.step == validation.last)
+    if not due or any(row["step"] == state.step and "validation_reward" in row for row in state.history):
         return
     painted = gather_object(paint_validation(accelerator, models, recipe, validation))
     painted = {index: result for index, *result in painted}
@@ -812,8 +802,8 @@ def validate(accelerator, models, recipe, validation, state):
     accelerator.wait_for_everyone()
     accelerator.log(means, step=state.step)
     state.history.append({"step": state.step, **means})
-    scores = ", ".join(f"{name.removeprefix('validation_')} {value:.4f}" for name, value in means.items())
-    logger.info(f"Validation at step {state.step}: {scores}, {len(images)} images")
+    message = "Validation at step %d: reward %.4f, relative %.4f, %d images"
+    logger.info(message, state.step, *means.values(), len(images))
 
 
 def save_before_after(folder, steps, output, columns=8):
