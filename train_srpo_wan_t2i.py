@@ -15,10 +15,10 @@ relative to a positive and a negative control word (`srp_score`), and back-propa
 
 Departures from the published code (https://github.com/Tencent-Hunyuan/SRPO), which trains FLUX: both branches are one
 batch; `--gradient_accumulation_steps` counts rollouts, not branches; rollouts use classifier-free guidance, as Wan has
-none embedded, and 10 steps of UniPC; the default window suits the low-noise expert; every random draw depends on seed,
-sample and update alone, so that runs resume exactly; the VAE works on images as a 2-D network, which equals the 3-D
-one; images that are not square are padded, not cropped, before HPS sees them; `--drift_weight` holds the expert near
-the untrained one. docs/recipes.md has the flags of the published runs.
+none embedded, and 10 steps of UniPC; the default window suits the low-noise expert; random draws depend on seed,
+sample and update alone, so that runs resume exactly; the VAE is a 2-D network that equals the 3-D one on images; HPS
+sees images that are not square padded, not cropped; `--drift_weight` holds the expert near the untrained one.
+docs/recipes.md has the published flags.
 """
 
 import argparse
@@ -76,14 +76,11 @@ class LazyModule:
 
 datasets, deepspeed, diffusers = LazyModule("datasets"), LazyModule("deepspeed"), LazyModule("diffusers")
 open_clip, peft, transformers = LazyModule("open_clip"), LazyModule("peft"), LazyModule("transformers")
-wan_vae = LazyModule("diffusers.models.autoencoders.autoencoder_kl_wan")
-matplotlib_figure, torchao_optim = LazyModule("matplotlib.figure"), LazyModule("torchao.optim")
-TF = LazyModule("torchvision.transforms.v2.functional")
+wan_vae, torchao_optim = LazyModule("diffusers.models.autoencoders.autoencoder_kl_wan"), LazyModule("torchao.optim")
+TF, matplotlib_figure = LazyModule("torchvision.transforms.v2.functional"), LazyModule("matplotlib.figure")
 
 logger = get_logger(__name__)
-TRACKER_NAME = "srpo-wan-t2i"
-LOG_FORMAT = "%(asctime)s - %(levelname)s - %(name)s - %(message)s"
-
+TRACKER_NAME, LOG_FORMAT = "srpo-wan-t2i", "%(asctime)s - %(levelname)s - %(name)s - %(message)s"
 # Of fastvideo/SRPO.py: the control words, and how close to an end of the training grid positions are not drawn.
 POSITIVE_WORDS = ("Natural-lighting", "Detail", "Detailed", "Real")
 NEGATIVE_WORDS = ("Concept art", "Painting", "Anime", "Flat", "Oil")
@@ -92,8 +89,7 @@ POSITION_MARGIN = 5
 HPS_REPOSITORY, HPS_FILE, HPS_ARCHITECTURE = "xswu/HPSv2", "HPS_v2.1_compressed.pt", "ViT-H-14"
 PICKSCORE_REPOSITORY, PICKSCORE_PROCESSOR = "yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 # The linear layers that diffusers' own scripts for Wan adapt, all of the attention, and its name for the file.
-LORA_TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0")
-LORA_FILE = "pytorch_lora_weights.safetensors"
+LORA_TARGET_MODULES, LORA_FILE = ("to_q", "to_k", "to_v", "to_out.0"), "pytorch_lora_weights.safetensors"
 # In the folder of a run: its mark and lock; the state and the checksums of a checkpoint; what else a run writes.
 MARKER, STATE_FILE, CHECKSUMS, SKIPPED_FILE = "run.json", "trainer_state.json", "SHA256SUMS", "skipped.jsonl"
 RUN_FILES = f"""README.md reward.png before_after.png train.log {SKIPPED_FILE} {LORA_FILE} images/step-*/*.png
@@ -129,21 +125,19 @@ def shift_sigmas(sigmas, shift):
 
 
 def make_train_sigmas(num_inference_steps, shift, train_timestep, timestep_length):
-    """The `timestep_length` noise levels that training draws from, (L,) float32, descending: between the first and the
-    last step of `train_timestep`, 0 <= first < last <= steps, of a sampling schedule of `num_inference_steps` steps
-    with this `shift`. Source: `sigmas_l` in fastvideo/SRPO.py."""
+    """The `timestep_length` noise levels that training draws from, (L,) float32, descending: between the two steps of
+    `train_timestep`, 0 <= first < last <= steps, of a sampling schedule. Source: `sigmas_l` in fastvideo/SRPO.py."""
     schedule = shift_sigmas(torch.linspace(1, 0, num_inference_steps + 1), shift)
     first, last = train_timestep
     return torch.linspace(schedule[first], schedule[last], timestep_length)
 
 
 def branch_sigmas(train_sigmas, position, groundtruth_ratio):
-    """The noise levels between which each branch takes its step. Both branches recover the image from (nearly) the
-    same level: the denoise branch comes from above, the inversion branch from below. `train_sigmas` are those (L,) of
-    [`make_train_sigmas`]; 1 <= `position` < L counts from the end of low noise, else `ValueError`; the share
-    `groundtruth_ratio` of the window is injected noise, and the step spans the rest. Returns three pairs: denoise
-    (sigma_from, sigma_to), inversion (sigma_from, sigma_to), and the positions at which the denoise and the inversion
-    branch read their discounts. Source: fastvideo/SRPO.py."""
+    """The noise levels between which each branch takes its step. Both recover the image from (nearly) the same level:
+    the denoise branch comes from above, the inversion branch from below. `train_sigmas` are those (L,) of
+    [`make_train_sigmas`]; 1 <= `position` < L counts from the end of low noise, else `ValueError`; and of the window,
+    the share `groundtruth_ratio` is injected noise, and the step spans the rest. Returns three pairs: (sigma_from,
+    sigma_to) of denoise, those of inversion, and where both read their discounts. Source: fastvideo/SRPO.py."""
     length = len(train_sigmas)
     if not 1 <= position < length:
         raise ValueError(f"`position` must be between 1 and {length - 1}, but is {position}.")
@@ -158,9 +152,8 @@ def direct_align_step(predict_velocity, x0, noise, sigma_from, sigma_to):
     """Direct-Align: injects known noise, takes one Euler step, and recovers the clean latents in closed form.
     `predict_velocity` takes latents and `sigma_from`, as given; `x0` and standard normal `noise` are (B, C, T, H, W),
     and no gradient flows through them; noise levels, floats or of shape () or (B,), are in [0, 1] and sigma_to < 1.
-    Returns x0_hat, of the shape of `x0`, which it equals if the predicted velocity is exactly `noise - x0`. The slope
-    d x0_hat / d velocity = (sigma_to - sigma_from) / (1 - sigma_to) is negative when denoising, positive when
-    inverting. Source: the SRPO paper."""
+    Returns x0_hat, of the shape of `x0`, and `x0` itself if the velocity is `noise - x0`. Its slope in the velocity,
+    (sigma_to - sigma_from) / (1 - sigma_to), is negative when denoising, positive when inverting (the SRPO paper)."""
     levels = (torch.as_tensor(sigma, dtype=x0.dtype, device=x0.device) for sigma in (sigma_from, sigma_to))
     start, end = (level.reshape(-1, *[1] * (x0.ndim - 1)) for level in levels)
     x = (start * noise + (1 - start) * x0).detach()
@@ -189,10 +182,8 @@ def make_generator(*key):
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
-# The method's settings, by the names of their flags.
-SETTINGS = """seed noise num_inference_steps shift train_timestep timestep_length groundtruth_ratio branches loss
-    discount_pos discount_inv positive_words negative_words reward_margin loss_weight_shift drift_weight
-    max_grad_norm"""
+SETTINGS = """seed noise num_inference_steps shift train_timestep timestep_length groundtruth_ratio loss drift_weight
+    branches discount_pos discount_inv positive_words negative_words reward_margin loss_weight_shift max_grad_norm"""
 
 
 class Recipe(namedtuple("Recipe", SETTINGS)):
@@ -200,7 +191,6 @@ class Recipe(namedtuple("Recipe", SETTINGS)):
 
     @property
     def train_sigmas(self):
-        """The training grid; see [`make_train_sigmas`]."""
         return make_train_sigmas(self.num_inference_steps, self.shift, self.train_timestep, self.timestep_length)
 
 
@@ -329,8 +319,7 @@ def unpack_prompt_embeds(rows, max_sequence_length, dtype):
 
 
 def collate_fn(examples, max_sequence_length, dtype):
-    """Rows of the prompt dataset -> {"captions": list of B strings, "prompt_embeds": (B, max_sequence_length, D)}, and
-    lists of what they have of `BOUNDARY_COLUMNS`."""
+    """Rows -> {"captions": list of B, "prompt_embeds": (B, max_sequence_length, D)}, with any `BOUNDARY_COLUMNS`."""
     return {
         "captions": [example["caption"] for example in examples],
         "prompt_embeds": unpack_prompt_embeds([e["prompt_embeds"] for e in examples], max_sequence_length, dtype),
@@ -433,8 +422,7 @@ def decode_latents(vae, latents):
     if vae.config.patch_size is not None:
         x = wan_vae.unpatchify(x, patch_size=vae.config.patch_size)
     pixels = x[:, :, 0].float()
-    saturated = (pixels.detach().abs() > 1).float().mean()
-    return pixels.clamp(-1, 1) / 2 + 0.5, saturated
+    return pixels.clamp(-1, 1) / 2 + 0.5, (pixels.detach().abs() > 1).float().mean()
 
 
 # ---- 6. Rewards: human-preference models that see pixels and captions. ----------------------------------------------
@@ -450,9 +438,8 @@ def preprocess_pixels(pixels, image_size, mean, std, keep_borders):
     normalised by the `mean` and `std` of each channel. With `keep_borders` the longer side is fitted and the rest is
     black, as HPSv2's `ResizeMaxSize` does it; otherwise the centre is cropped, as CLIP's processor does it. Two
     products of matrices resize, because torch's own bicubic resizing has no deterministic gradient on GPUs."""
-    height, width = pixels.shape[-2:]
-    scale = image_size / (max if keep_borders else min)(height, width)
-    columns, rows = (resize_matrix(size, round(size * scale), pixels.device) for size in (height, width))
+    scale = image_size / (max if keep_borders else min)(pixels.shape[-2:])
+    columns, rows = (resize_matrix(size, round(size * scale), pixels.device) for size in pixels.shape[-2:])
     return TF.normalize(TF.center_crop(columns @ pixels @ rows.T, [image_size, image_size]), mean, std)
 
 
@@ -517,8 +504,7 @@ class HPSReward(RewardModel):
     def empty_model(architecture=HPS_ARCHITECTURE):
         with torch.device("meta"):
             model = open_clip.CLIP(**open_clip.get_model_config(architecture))
-        length = model.context_length  # the causal mask is the one buffer that no checkpoint holds
-        model.attn_mask = torch.full((length, length), float("-inf")).triu(1)
+        model.attn_mask = torch.full([model.context_length] * 2, -math.inf).triu(1)  # causal; it is in no checkpoint
         return model
 
     @staticmethod
@@ -567,7 +553,6 @@ class Models(NamedTuple):
     base: torch.nn.Module | None = None  # a frozen copy of the transformer; a LoRA needs none
 
     def velocity(self, latents, sigma, prompt_embeds):
-        """See [`transformer_velocity`]."""
         return transformer_velocity(self.transformer, latents, sigma, prompt_embeds, self.token_patch)
 
     @torch.no_grad()
@@ -602,10 +587,8 @@ def graded_pass(models, rollout, plan, recipe):
     """Takes the graded step of all branches of a [`Plan`] from the x0 of a [`Rollout`] as one batch, decodes and
     scores it. Returns the loss, `torch.Tensor` of shape (), and metrics, a dict of detached tensors of shape ()."""
     count, drifts = len(plan.branches), []
-    tensors = rollout.x0, rollout.noise, rollout.prompt_embeds
-    x0, noise, prompt_embeds = (torch.cat([tensor] * count) for tensor in tensors)
+    x0, noise, prompt_embeds = (torch.cat([t] * count) for t in (rollout.x0, rollout.noise, rollout.prompt_embeds))
     rows = [torch.stack([b.sigma_from, b.sigma_to, b.discount, b.swap, plan.weight]) for b in plan.branches]
-    # All at once, without waiting for the GPU.
     sigma_from, sigma_to, discount, swap, weight = torch.cat(rows, dim=1).to(x0.device, non_blocking=True)
 
     def velocity(x, sigma):
@@ -631,9 +614,8 @@ def graded_pass(models, rollout, plan, recipe):
 
 
 def update(accelerator, models, optimizer, rollouts, recipe, step):
-    """Takes update number `step` of the run on the rollouts of this process. Returns {name: tensor of shape ()}: the
-    means of what [`graded_pass`] measures over these rollouts, and `grad_norm`, before clipping. If it or a loss is
-    not finite, the weights and the optimizer stay as they are."""
+    """Takes update number `step` on the rollouts of this process. Returns {name: tensor of shape ()}: means of what
+    [`graded_pass`] measures, and `grad_norm`, before clipping. If it or a loss is not finite, nothing is updated."""
     transformer, measured = models.transformer, []
     torch.manual_seed(make_generator(recipe.seed, GLOBAL, step, accelerator.process_index).initial_seed())
     transformer.train()  # the dropout of a LoRA belongs to the graded step alone
@@ -802,19 +784,18 @@ def validate(accelerator, models, recipe, validation, state):
     accelerator.wait_for_everyone()
     accelerator.log(means, step=state.step)
     state.history.append({"step": state.step, **means})
-    message = "Validation at step %d: reward %.4f, relative %.4f, %d images"
-    logger.info(message, state.step, *means.values(), len(images))
+    summary = ", ".join(f"{name.removeprefix('validation_')} {value:.4f}" for name, value in means.items())
+    logger.info(f"Validation at step {state.step}: {summary}, {len(images)} images")
 
 
 def save_before_after(folder, steps, output, columns=8):
     """Draws the first validation images of two steps, one above the other, with their rewards, as a PNG."""
     scores = [json.loads((folder / f"step-{step}/scores.json").read_text())[:columns] for step in steps]
     figure = matplotlib_figure.Figure(figsize=(2.4 * len(scores[0]), 5.8), layout="tight")
-    axes = figure.subplots(2, len(scores[0]), squeeze=False)
+    axes = figure.subplots(2, len(scores[0]), squeeze=False, subplot_kw={"xticks": [], "yticks": []})
     for row, step, images in zip(axes, steps, scores, strict=True):
         for axis, image in zip(row, images):  # noqa: B905  a resumed run may have more or fewer
             axis.imshow(Image.open(folder / f"step-{step}" / image["image"]))
-            axis.set(xticks=[], yticks=[])
             axis.set_xlabel(f"reward {image['reward']:.3f}\nrelative {image['relative']:+.3f}", fontsize=8)
             title = "\n".join(textwrap.wrap(image["caption"], 26)[:3]) if step == steps[0] else ""
             axis.set_title(title, fontsize=8, parse_math=False)
