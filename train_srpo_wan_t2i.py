@@ -13,12 +13,11 @@ This file follows one update: plan it (`plan_update`), paint images without grad
 back in and take one graded step (`direct_align_step`), decode it (`decode_latents`), score it with a preference model
 relative to a positive and a negative control word (`srp_score`), and back-propagate (`graded_pass`, `update`).
 
-Departures from the published code (https://github.com/Tencent-Hunyuan/SRPO), which trains FLUX: both branches are one
-batch; `--gradient_accumulation_steps` counts rollouts, not branches; rollouts use classifier-free guidance, as Wan has
-none embedded, and 10 steps of UniPC; the default window suits the low-noise expert; random draws depend on seed,
-sample and update alone, so that runs resume exactly; the VAE is a 2-D network that equals the 3-D one on images; HPS
-sees images that are not square padded, not cropped; `--drift_weight` holds the expert near the untrained one.
-docs/recipes.md has the published flags.
+Departures from the published code for FLUX (https://github.com/Tencent-Hunyuan/SRPO): both branches are one batch;
+`--gradient_accumulation_steps` counts rollouts, not branches; rollouts use classifier-free guidance, as Wan has none
+embedded, and 10 steps of UniPC; the default window suits the low-noise expert; random draws depend on seed, sample and
+update alone, so runs resume exactly; for images the VAE is an equal 2-D network; HPS sees images that are not square
+padded, not cropped; `--drift_weight` holds the expert near the untrained one. Published flags: docs/recipes.md.
 """
 
 import argparse
@@ -107,9 +106,8 @@ PINNED = """engine mixed_precision num_processes base_model transformer_subfolde
 DEEPSPEED_CLASSES = """deepspeed.runtime.fp16.loss_scaler:LossScaler deepspeed.runtime.zero.config:ZeroStageEnum
     deepspeed.utils.tensor_fragment:fragment_address""".split()
 # First words of the names of files of weights, and the layers by whose weights a model is identified.
-DIFFUSERS_STEM, TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
+DIFFUSERS_STEM, TRANSFORMERS_STEM, REWARD_LAYER = "diffusion_pytorch_model", "model", "text_projection"
 TRANSFORMER_LAYER, TEXT_ENCODER_LAYER = "blocks.0.attn1.to_q.weight", "encoder.final_layer_norm.weight"
-REWARD_LAYER = "text_projection"
 # What `embed_prompts.py --boundary_latents` adds to the dataset, and the flags that it shares with training.
 BOUNDARY_COLUMNS = ("boundary_latents", "boundary_seeds")
 BOUNDARY_FLAGS = ("height", "width", "sampling_steps", "rollout_scheduler", "rollout_shift")
