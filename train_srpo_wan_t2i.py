@@ -294,8 +294,7 @@ def draw_starts(recipe, shape, group, samples, batch):
     noise, or, if the `batch` of [`collate_fn`] has boundary latents, one of those and the noise of its seed."""
     if "boundary_latents" not in batch:
         return (draw_noise(recipe, shape, group, samples),) * 2
-    latents, noise = [], []
-    generators = noise_generators(recipe, group, samples)
+    latents, noise, generators = [], [], noise_generators(recipe, group, samples)
     for stored, seeds, generator in zip(batch["boundary_latents"], batch["boundary_seeds"], generators, strict=True):
         pick = torch.randint(len(seeds), (), generator=generator).item()
         latents.append(torch.as_tensor(stored[pick]))
@@ -577,8 +576,7 @@ def make_rollouts(models, batches, recipe, shape, group, batch_size):
     latents = torch.cat([rollout.x0 for rollout in rollouts]).split(batch_size)
     prompt_embeds = torch.cat([rollout.prompt_embeds for rollout in rollouts]).split(batch_size)
     x0 = torch.cat([paint_latents(models, *part) for part in zip(latents, prompt_embeds, strict=True)])
-    x0 = x0.split([len(rollout.samples) for rollout in rollouts])
-    return [rollout._replace(x0=part) for rollout, part in zip(rollouts, x0, strict=True)]
+    return [rollout._replace(x0=part) for rollout, part in zip(rollouts, x0.chunk(len(rollouts)), strict=True)]
 
 
 def graded_pass(models, rollout, plan, recipe):
