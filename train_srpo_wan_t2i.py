@@ -13,12 +13,11 @@ This file follows one update: plan it (`plan_update`), paint images without grad
 back in and take one graded step (`direct_align_step`), decode it (`decode_latents`), score it with a preference model
 relative to a positive and a negative control word (`srp_score`), and back-propagate (`graded_pass`, `update`).
 
-Departures from the published code (https://github.com/Tencent-Hunyuan/SRPO), which trains FLUX: both branches are one
-batch; `--gradient_accumulation_steps` counts rollouts, not branches; rollouts use classifier-free guidance, as Wan has
-none embedded, and 10 steps of UniPC; the default window suits the low-noise expert; every random draw depends on seed,
-sample and update alone, so that runs resume exactly; the VAE works on images as a 2-D network, which equals the 3-D
-one; images that are not square are padded, not cropped, before HPS sees them; `--drift_weight` holds the expert near
-the untrained one. docs/recipes.md has the flags of the published runs.
+Departures from the published code for FLUX (https://github.com/Tencent-Hunyuan/SRPO): both branches are one batch;
+`--gradient_accumulation_steps` counts rollouts, not branches; rollouts use classifier-free guidance, as Wan has none
+embedded, and 10 steps of UniPC; the default window suits the low-noise expert; random draws depend on seed, sample and
+update alone, so runs resume exactly; for images the VAE is an equal 2-D network; HPS sees images that are not square
+padded, not cropped; `--drift_weight` holds the expert near the untrained one. Published flags: docs/recipes.md.
 """
 
 import argparse
@@ -44,7 +43,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -75,29 +74,22 @@ class LazyModule:
 
 datasets, deepspeed, diffusers = LazyModule("datasets"), LazyModule("deepspeed"), LazyModule("diffusers")
 open_clip, peft, transformers = LazyModule("open_clip"), LazyModule("peft"), LazyModule("transformers")
-wan_vae = LazyModule("diffusers.models.autoencoders.autoencoder_kl_wan")
-matplotlib_figure, torchao_optim = LazyModule("matplotlib.figure"), LazyModule("torchao.optim")
-TF = LazyModule("torchvision.transforms.v2.functional")
+wan_vae, torchao_optim = LazyModule("diffusers.models.autoencoders.autoencoder_kl_wan"), LazyModule("torchao.optim")
+TF, matplotlib_figure = LazyModule("torchvision.transforms.v2.functional"), LazyModule("matplotlib.figure")
 
 logger = get_logger(__name__)
 logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's import makes it warn
-TRACKER_NAME = "srpo-wan-t2i"
-LOG_FORMAT = "%(asctime)s - %(levelname)s - %(name)s - %(message)s"
-
-# The control words of the published run, fastvideo/SRPO.py of the SRPO repository.
+TRACKER_NAME, LOG_FORMAT = "srpo-wan-t2i", "%(asctime)s - %(levelname)s - %(name)s - %(message)s"
+# Of fastvideo/SRPO.py: the control words, and how close to an end of the training grid positions are not drawn.
 POSITIVE_WORDS = ("Natural-lighting", "Detail", "Detailed", "Real")
 NEGATIVE_WORDS = ("Concept art", "Painting", "Anime", "Flat", "Oil")
-# Positions this close to either end of the training grid are not drawn (fastvideo/SRPO.py).
 POSITION_MARGIN = 5
 # Where a reward model comes from when `--reward_model_path` is not given.
 HPS_REPOSITORY, HPS_FILE, HPS_ARCHITECTURE = "xswu/HPSv2", "HPS_v2.1_compressed.pt", "ViT-H-14"
-PICKSCORE_REPOSITORY = "yuvalkirstain/PickScore_v1"
-PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+PICKSCORE_REPOSITORY, PICKSCORE_PROCESSOR = "yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 # The linear layers that diffusers' own scripts for Wan adapt, all of the attention, and its name for the file.
-LORA_TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0")
-LORA_FILE = "pytorch_lora_weights.safetensors"
-# What lies in the folder of a run: a file that marks it, and is locked while the run goes on; in a checkpoint, what is
-# known of it and the checksums of its files; what else a run writes, beside checkpoints.
+LORA_TARGET_MODULES, LORA_FILE = ("to_q", "to_k", "to_v", "to_out.0"), "pytorch_lora_weights.safetensors"
+# In the folder of a run: its mark and lock; the state and the checksums of a checkpoint; what else a run writes.
 MARKER, STATE_FILE, CHECKSUMS, SKIPPED_FILE = "run.json", "trainer_state.json", "SHA256SUMS", "skipped.jsonl"
 RUN_FILES = f"""README.md reward.png before_after.png train.log {SKIPPED_FILE} {LORA_FILE} images/step-*/*.png
     images/step-*/scores.json */{TRACKER_NAME}/**/events.out.tfevents.* */{TRACKER_NAME}/**/hparams.yml
@@ -115,9 +107,8 @@ DEEPSPEED_CLASSES = """deepspeed.runtime.fp16.loss_scaler:LossScaler deepspeed.r
     deepspeed.utils.tensor_fragment:fragment_address""".split()
 MODEL_CARD = Path(__file__).with_name("model_card_template.md").read_text()
 # First words of the names of files of weights, and the layers by whose weights a model is identified.
-DIFFUSERS_STEM, TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
+DIFFUSERS_STEM, TRANSFORMERS_STEM, REWARD_LAYER = "diffusion_pytorch_model", "model", "text_projection"
 TRANSFORMER_LAYER, TEXT_ENCODER_LAYER = "blocks.0.attn1.to_q.weight", "encoder.final_layer_norm.weight"
-REWARD_LAYER = "text_projection"
 # What `embed_prompts.py --boundary_latents` adds to the dataset, and the flags that it shares with training.
 BOUNDARY_COLUMNS = ("boundary_latents", "boundary_seeds")
 BOUNDARY_FLAGS = ("height", "width", "sampling_steps", "rollout_scheduler", "rollout_shift")
@@ -133,22 +124,19 @@ def shift_sigmas(sigmas, shift):
 
 
 def make_train_sigmas(num_inference_steps, shift, train_timestep, timestep_length):
-    """The `timestep_length` noise levels that training draws from, (L,) float32, descending: between the first and the
-    last step of `train_timestep`, 0 <= first < last <= steps, of a sampling schedule of `num_inference_steps` steps
-    with this `shift`. Source: `sigmas_l` in fastvideo/SRPO.py."""
+    """The `timestep_length` noise levels that training draws from, (L,) float32, descending: between the two steps of
+    `train_timestep`, 0 <= first < last <= steps, of a sampling schedule. Source: `sigmas_l` in fastvideo/SRPO.py."""
     schedule = shift_sigmas(torch.linspace(1, 0, num_inference_steps + 1), shift)
     first, last = train_timestep
     return torch.linspace(schedule[first], schedule[last], timestep_length)
 
 
 def branch_sigmas(train_sigmas, position, groundtruth_ratio):
-    """The noise levels between which each branch takes its step. Both branches recover the image from (nearly) the
-    same level: the denoise branch comes from above, the inversion branch from below. `train_sigmas` are those (L,) of
-    [`make_train_sigmas`]; 1 <= `position` < L counts from the end of low noise, else a `ValueError` is raised; and
-    `groundtruth_ratio` is the share of the window that is injected noise, the rest of which the step spans.
-
-    Returns three pairs: denoise (sigma_from, sigma_to), inversion (sigma_from, sigma_to), and the positions at which
-    the denoise and the inversion branch read their discounts. Source: fastvideo/SRPO.py."""
+    """The noise levels between which each branch takes its step. Both recover the image from (nearly) the same level:
+    the denoise branch comes from above, the inversion branch from below. `train_sigmas` are those (L,) of
+    [`make_train_sigmas`]; 1 <= `position` < L counts from the end of low noise, else `ValueError`; and of the window,
+    the share `groundtruth_ratio` is injected noise, and the step spans the rest. Returns three pairs: (sigma_from,
+    sigma_to) of denoise, those of inversion, and where both read their discounts. Source: fastvideo/SRPO.py."""
     length = len(train_sigmas)
     if not 1 <= position < length:
         raise ValueError(f"`position` must be between 1 and {length - 1}, but is {position}.")
@@ -163,14 +151,10 @@ def direct_align_step(predict_velocity, x0, noise, sigma_from, sigma_to):
     """Direct-Align: injects known noise, takes one Euler step, and recovers the clean latents in closed form.
     `predict_velocity` takes latents and `sigma_from`, as given; `x0` and standard normal `noise` are (B, C, T, H, W),
     and no gradient flows through them; noise levels, floats or of shape () or (B,), are in [0, 1] and sigma_to < 1.
-
-    Returns x0_hat, of the shape of `x0`, which it equals if the predicted velocity is exactly `noise - x0`. The slope
-    d x0_hat / d velocity = (sigma_to - sigma_from) / (1 - sigma_to) is negative when denoising and positive when
-    inverting. Source: the SRPO paper."""
-    start, end = (
-        torch.as_tensor(sigma, dtype=x0.dtype, device=x0.device).reshape(-1, *[1] * (x0.ndim - 1))
-        for sigma in (sigma_from, sigma_to)
-    )
+    Returns x0_hat, of the shape of `x0`, and `x0` itself if the velocity is `noise - x0`. Its slope in the velocity,
+    (sigma_to - sigma_from) / (1 - sigma_to), is negative when denoising, positive when inverting (the SRPO paper)."""
+    levels = (torch.as_tensor(sigma, dtype=x0.dtype, device=x0.device) for sigma in (sigma_from, sigma_to))
+    start, end = (level.reshape(-1, *[1] * (x0.ndim - 1)) for level in levels)
     x = (start * noise + (1 - start) * x0).detach()
     x = x + (end - start) * predict_velocity(x, sigma_from)
     return (x - end * noise) / (1 - end)
@@ -197,10 +181,8 @@ def make_generator(*key):
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
-# The method's settings, by the names of their flags.
-SETTINGS = """seed noise num_inference_steps shift train_timestep timestep_length groundtruth_ratio branches loss
-    discount_pos discount_inv positive_words negative_words reward_margin loss_weight_shift drift_weight
-    max_grad_norm"""
+SETTINGS = """seed noise num_inference_steps shift train_timestep timestep_length groundtruth_ratio loss drift_weight
+    branches discount_pos discount_inv positive_words negative_words reward_margin loss_weight_shift max_grad_norm"""
 
 
 class Recipe(namedtuple("Recipe", SETTINGS)):
@@ -208,7 +190,6 @@ class Recipe(namedtuple("Recipe", SETTINGS)):
 
     @property
     def train_sigmas(self):
-        """The training grid; see [`make_train_sigmas`]."""
         return make_train_sigmas(self.num_inference_steps, self.shift, self.train_timestep, self.timestep_length)
 
 
@@ -246,9 +227,8 @@ def draw_positions(recipe, step, samples):
 def plan_update(recipe, step, samples):
     """The [`Plan`] of update number `step` for the samples with these numbers in the run: a pure function. Each sample
     has a noise level of its own, as each process has one in the published code. Control words change by step."""
-    length, ratio, grid = recipe.timestep_length, recipe.groundtruth_ratio, recipe.train_sigmas
-    positions = draw_positions(recipe, step, samples)
-    levels = [branch_sigmas(grid, position, ratio) for position in positions]
+    length, positions = recipe.timestep_length, draw_positions(recipe, step, samples)
+    levels = [branch_sigmas(recipe.train_sigmas, position, recipe.groundtruth_ratio) for position in positions]
     branches = []
     for index, (name, ends) in enumerate((("denoise", recipe.discount_pos), ("inversion", recipe.discount_inv))):
         if recipe.branches in ("both", name):
@@ -293,15 +273,13 @@ class SampleSampler:
         return range(first, first + self.batch_size)
 
     def __iter__(self):
-        epoch, order = None, None
+        @lru_cache(maxsize=1)
+        def order(epoch):
+            return torch.randperm(self.dataset_size, generator=make_generator(self.seed, SHUFFLE, epoch)).tolist()
+
         for number in self.numbers:
-            batch = []
-            for sample in self.samples(number):
-                if sample // self.dataset_size != epoch:
-                    epoch = sample // self.dataset_size
-                    order = torch.randperm(self.dataset_size, generator=make_generator(self.seed, SHUFFLE, epoch))
-                batch.append(order[sample % self.dataset_size].item())
-            yield batch
+            places = (divmod(sample, self.dataset_size) for sample in self.samples(number))
+            yield [order(epoch)[place] for epoch, place in places]
 
 
 def noise_generators(recipe, group, samples, *reuse):
@@ -322,8 +300,7 @@ def draw_starts(recipe, shape, group, samples, batch):
     noise, or, if the `batch` of [`collate_fn`] has boundary latents, one of those and the noise of its seed."""
     if "boundary_latents" not in batch:
         return (draw_noise(recipe, shape, group, samples),) * 2
-    latents, noise = [], []
-    generators = noise_generators(recipe, group, samples)
+    latents, noise, generators = [], [], noise_generators(recipe, group, samples)
     for stored, seeds, generator in zip(batch["boundary_latents"], batch["boundary_seeds"], generators, strict=True):
         pick = torch.randint(len(seeds), (), generator=generator).item()
         latents.append(torch.as_tensor(stored[pick]))
@@ -345,8 +322,7 @@ def unpack_prompt_embeds(rows, max_sequence_length, dtype):
 
 
 def collate_fn(examples, max_sequence_length, dtype):
-    """Rows of the prompt dataset -> {"captions": list of B strings, "prompt_embeds": (B, max_sequence_length, D)}, and
-    lists of what they have of `BOUNDARY_COLUMNS`."""
+    """Rows -> {"captions": list of B, "prompt_embeds": (B, max_sequence_length, D)}, with any `BOUNDARY_COLUMNS`."""
     return {
         "captions": [example["caption"] for example in examples],
         "prompt_embeds": unpack_prompt_embeds([e["prompt_embeds"] for e in examples], max_sequence_length, dtype),
@@ -363,7 +339,7 @@ def transformer_velocity(transformer, latents, sigma, prompt_embeds, token_patch
     sigma = torch.as_tensor(sigma, dtype=torch.float32).to(latents.device, non_blocking=True)
     timestep = 1000 * sigma.expand(len(latents))
     if token_patch is not None:
-        tokens = np.prod([size // patch for size, patch in zip(latents.shape[2:], token_patch, strict=True)]).item()
+        tokens = math.prod(size // patch for size, patch in zip(latents.shape[2:], token_patch, strict=True))
         timestep = timestep[:, None].expand(-1, tokens)
     latents = latents.to(prompt_embeds.dtype)
     return transformer(latents, timestep, encoder_hidden_states=prompt_embeds, return_dict=False)[0].float()
@@ -419,8 +395,7 @@ class ImageConv(torch.nn.Conv2d):
 
     def __init__(self, conv):
         sizes = conv.in_channels, conv.out_channels, conv.kernel_size[1:], conv.stride[1:], conv._padding[2::-2]
-        like = {"bias": conv.bias is not None, "device": conv.weight.device, "dtype": conv.weight.dtype}
-        super().__init__(*sizes, **like)
+        super().__init__(*sizes, bias=conv.bias is not None, device=conv.weight.device, dtype=conv.weight.dtype)
         self.load_state_dict({**conv.state_dict(), "weight": conv.weight[:, :, -1]})
 
     def forward(self, x, _cache=None):
@@ -430,33 +405,27 @@ class ImageConv(torch.nn.Conv2d):
 def flatten_vae(vae):
     """Turns an `AutoencoderKLWan` into one for single images, which gives the same: a causal 3-D convolution sees the
     image behind frames of zeros, so of its kernel only the last temporal slice matters, which is a 2-D one."""
-    for module in list(vae.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, wan_vae.WanCausalConv3d):
-                setattr(module, name, ImageConv(child).requires_grad_(child.weight.requires_grad))
+    for name, module in list(vae.named_modules()):
+        if isinstance(module, wan_vae.WanCausalConv3d):
+            vae.set_submodule(name, ImageConv(module).requires_grad_(module.weight.requires_grad))
     return vae
 
 
 def decode_latents(vae, latents):
     """Latents (B, C, 1, H, W), normalised as the transformer sees them -> pixels (B, 3, s * H, s * W) in [0, 1], and
-    the share of values that were clamped, (), which carry no gradient; float32. The same as `vae.decode`, except that
-    the decoder's blocks are checkpointed where gradients flow: `AutoencoderKLWan` has no gradient checkpointing, and
-    its cache of frames, which one frame does not need, would break the recomputation."""
-    mean, std = (
-        torch.tensor(values, dtype=latents.dtype).to(latents.device, non_blocking=True).view(1, -1, 1, 1, 1)
-        for values in (vae.config.latents_mean, vae.config.latents_std)
-    )
+    the share of values that were clamped, (), which carry no gradient; float32. The same as `vae.decode`, but blocks
+    are checkpointed where gradients flow, and there is no cache of frames, which would break the recomputation."""
+    statistics = torch.tensor([vae.config.latents_mean, vae.config.latents_std], dtype=latents.dtype)
+    mean, std = statistics.to(latents.device, non_blocking=True).view(2, 1, -1, 1, 1, 1)
     decoder = vae.decoder
     x = decoder.conv_in(vae.post_quant_conv((latents * std + mean).to(vae.dtype)))
-    blocks = [decoder.mid_block, *(partial(block, first_chunk=True) for block in decoder.up_blocks)]
-    for block in blocks:
+    for block in (decoder.mid_block, *(partial(up_block, first_chunk=True) for up_block in decoder.up_blocks)):
         x = checkpoint(block, x, use_reentrant=False) if x.requires_grad else block(x)
     x = decoder.conv_out(decoder.nonlinearity(decoder.norm_out(x)))
     if vae.config.patch_size is not None:
         x = wan_vae.unpatchify(x, patch_size=vae.config.patch_size)
     pixels = x[:, :, 0].float()
-    saturated = (pixels.detach().abs() > 1).float().mean()
-    return pixels.clamp(-1, 1) / 2 + 0.5, saturated
+    return pixels.clamp(-1, 1) / 2 + 0.5, (pixels.detach().abs() > 1).float().mean()
 
 
 # ---- 6. Rewards: human-preference models that see pixels and captions. ----------------------------------------------
@@ -472,15 +441,9 @@ def preprocess_pixels(pixels, image_size, mean, std, keep_borders):
     normalised by the `mean` and `std` of each channel. With `keep_borders` the longer side is fitted and the rest is
     black, as HPSv2's `ResizeMaxSize` does it; otherwise the centre is cropped, as CLIP's processor does it. Two
     products of matrices resize, because torch's own bicubic resizing has no deterministic gradient on GPUs."""
-    height, width = pixels.shape[-2:]
-    scale = image_size / (max if keep_borders else min)(height, width)
-    columns, rows = (resize_matrix(size, round(size * scale), pixels.device) for size in (height, width))
-    pixels = columns @ pixels @ rows.T
-    height, width = pixels.shape[-2:]
-    if keep_borders:
-        left, top = (image_size - width) // 2, (image_size - height) // 2
-        pixels = TF.pad(pixels, [left, top, image_size - width - left, image_size - height - top])
-    return TF.normalize(TF.center_crop(pixels, [image_size, image_size]), mean, std)
+    scale = image_size / (max if keep_borders else min)(pixels.shape[-2:])
+    columns, rows = (resize_matrix(size, round(size * scale), pixels.device) for size in pixels.shape[-2:])
+    return TF.normalize(TF.center_crop(columns @ pixels @ rows.T, [image_size, image_size]), mean, std)
 
 
 class RewardModel(torch.nn.Module):
@@ -501,7 +464,7 @@ class RewardModel(torch.nn.Module):
     def encode_texts(self, texts):
         """List of B strings -> (B, D) float32 of unit norm. Every text is encoded once in a run, and alone: in a batch
         its last bits would depend on the others, which after resuming are others."""
-        for text in dict.fromkeys(texts):
+        for text in texts:
             if text not in self.text_cache:
                 self.text_cache[text] = F.normalize(self.text_features([text]).float(), dim=-1)[0]
         return torch.stack([self.text_cache[text] for text in texts])
@@ -544,8 +507,7 @@ class HPSReward(RewardModel):
     def empty_model(architecture=HPS_ARCHITECTURE):
         with torch.device("meta"):
             model = open_clip.CLIP(**open_clip.get_model_config(architecture))
-        length = model.context_length  # the causal mask is the one buffer that no checkpoint holds
-        model.attn_mask = torch.full((length, length), float("-inf")).triu(1)
+        model.attn_mask = torch.full([model.context_length] * 2, -math.inf).triu(1)  # causal; it is in no checkpoint
         return model
 
     @staticmethod
@@ -594,7 +556,6 @@ class Models(NamedTuple):
     base: torch.nn.Module | None = None  # a frozen copy of the transformer; a LoRA needs none
 
     def velocity(self, latents, sigma, prompt_embeds):
-        """See [`transformer_velocity`]."""
         return transformer_velocity(self.transformer, latents, sigma, prompt_embeds, self.token_patch)
 
     @torch.no_grad()
@@ -621,19 +582,15 @@ def make_rollouts(models, batches, recipe, shape, group, batch_size):
     latents = torch.cat([rollout.x0 for rollout in rollouts]).split(batch_size)
     prompt_embeds = torch.cat([rollout.prompt_embeds for rollout in rollouts]).split(batch_size)
     x0 = torch.cat([paint_latents(models, *part) for part in zip(latents, prompt_embeds, strict=True)])
-    x0 = x0.split([len(rollout.samples) for rollout in rollouts])
-    return [rollout._replace(x0=part) for rollout, part in zip(rollouts, x0, strict=True)]
+    return [rollout._replace(x0=part) for rollout, part in zip(rollouts, x0.chunk(len(rollouts)), strict=True)]
 
 
 def graded_pass(models, rollout, plan, recipe):
     """Takes the graded step of all branches of a [`Plan`] from the x0 of a [`Rollout`] as one batch, decodes and
     scores it. Returns the loss, `torch.Tensor` of shape (), and metrics, a dict of detached tensors of shape ()."""
     count, drifts = len(plan.branches), []
-    x0, noise, prompt_embeds = (
-        tensor.repeat(count, *[1] * (tensor.ndim - 1)) for tensor in (rollout.x0, rollout.noise, rollout.prompt_embeds)
-    )
+    x0, noise, prompt_embeds = (torch.cat([t] * count) for t in (rollout.x0, rollout.noise, rollout.prompt_embeds))
     rows = [torch.stack([b.sigma_from, b.sigma_to, b.discount, b.swap, plan.weight]) for b in plan.branches]
-    # All at once, without waiting for the GPU.
     sigma_from, sigma_to, discount, swap, weight = torch.cat(rows, dim=1).to(x0.device, non_blocking=True)
 
     def velocity(x, sigma):
@@ -659,9 +616,8 @@ def graded_pass(models, rollout, plan, recipe):
 
 
 def update(accelerator, models, optimizer, rollouts, recipe, step):
-    """Takes update number `step` of the run on the rollouts of this process. Returns {name: tensor of shape ()}: the
-    means of what [`graded_pass`] measures over these rollouts, and `grad_norm`, before clipping. If it or a loss is
-    not finite, the weights and the optimizer stay as they are."""
+    """Takes update number `step` on the rollouts of this process. Returns {name: tensor of shape ()}: means of what
+    [`graded_pass`] measures, and `grad_norm`, before clipping. If it or a loss is not finite, nothing is updated."""
     transformer, measured = models.transformer, []
     torch.manual_seed(make_generator(recipe.seed, GLOBAL, step, accelerator.process_index).initial_seed())
     transformer.train()  # the dropout of a LoRA belongs to the graded step alone
@@ -806,13 +762,11 @@ def paint_validation(accelerator, models, recipe, validation):
 
 def validate(accelerator, models, recipe, validation, state):
     """If it is time, paints and scores all prompts, into trackers, `images/step-N/` and the history of the run."""
-    if validation is None or (state.step % validation.every and state.step != validation.last):
+    due = validation is not None and (state.step % validation.every == 0 or state.step == validation.last)
+    if not due or any(row["step"] == state.step and "validation_reward" in row for row in state.history):
         return
-    if any(row["step"] == state.step and "validation_reward" in row for row in state.history):
-        return
-    painted = {
-        index: result for index, *result in gather_object(paint_validation(accelerator, models, recipe, validation))
-    }
+    painted = gather_object(paint_validation(accelerator, models, recipe, validation))
+    painted = {index: result for index, *result in painted}
     images, rewards, relative = zip(*(painted[index] for index in sorted(painted)), strict=True)
     means = {"validation_reward": np.mean(rewards).item(), "validation_relative": np.mean(relative).item()}
     if accelerator.is_main_process:
@@ -832,19 +786,18 @@ def validate(accelerator, models, recipe, validation, state):
     accelerator.wait_for_everyone()
     accelerator.log(means, step=state.step)
     state.history.append({"step": state.step, **means})
-    scores = ", ".join(f"{name.removeprefix('validation_')} {value:.4f}" for name, value in means.items())
-    logger.info(f"Validation at step {state.step}: {scores}, {len(images)} images")
+    summary = ", ".join(f"{name.removeprefix('validation_')} {value:.4f}" for name, value in means.items())
+    logger.info(f"Validation at step {state.step}: {summary}, {len(images)} images")
 
 
 def save_before_after(folder, steps, output, columns=8):
     """Draws the first validation images of two steps, one above the other, with their rewards, as a PNG."""
     scores = [json.loads((folder / f"step-{step}/scores.json").read_text())[:columns] for step in steps]
     figure = matplotlib_figure.Figure(figsize=(2.4 * len(scores[0]), 5.8), layout="tight")
-    axes = figure.subplots(2, len(scores[0]), squeeze=False)
+    axes = figure.subplots(2, len(scores[0]), squeeze=False, subplot_kw={"xticks": [], "yticks": []})
     for row, step, images in zip(axes, steps, scores, strict=True):
         for axis, image in zip(row, images):  # noqa: B905  a resumed run may have more or fewer
             axis.imshow(Image.open(folder / f"step-{step}" / image["image"]))
-            axis.set(xticks=[], yticks=[])
             axis.set_xlabel(f"reward {image['reward']:.3f}\nrelative {image['relative']:+.3f}", fontsize=8)
             title = "\n".join(textwrap.wrap(image["caption"], 26)[:3]) if step == steps[0] else ""
             axis.set_title(title, fontsize=8, parse_math=False)
