@@ -48,14 +48,14 @@ from drawings import MAX_SEQUENCE_LENGTH, captions  # noqa: E402
 
 PROCESSES = multiprocessing.get_context("fork")
 CASES = {"all weights": (), "LoRA": ("--lora_rank", 4)}
-UPDATES, KILLS_OF_A_RUN = 24, 10
+UPDATES, PAINTED_EVERY, KILLS_OF_A_RUN = 24, 4, 10
 MOMENTS = ("start", "update", "update", "checkpoint", "images", "upload")  # in which a kill is meant to fall
 MISSED = 6  # updates after which a moment, which should come every few of them, is given up
 DELAYS = {"start": 1.5, "update": 0.3, "checkpoint": 0.05, "images": 0.05, "upload": 0.1}  # in seconds, at most
 RUN = f"""
     --reward_model CLIP --height 64 --width 64 --validation_size 64 --train_batch_size 4 --sampling_steps 2
     --num_inference_steps 4 --train_timestep 1 3 --learning_rate 1e-3 --max_train_steps {UPDATES}
-    --checkpointing_steps 3 --checkpoints_total_limit 2 --validation_steps 4 --report_to none
+    --checkpointing_steps 3 --checkpoints_total_limit 2 --validation_steps {PAINTED_EVERY} --report_to none
     --push_to_hub --hub_strategy checkpoint
 """.split()
 # What a run writes that no two runs share: times, paths and flags; and weights, which are compared on their own.
@@ -148,18 +148,19 @@ class Workplace:
     def moment(self, output_dir, now):
         """Where a run stands, as its folder, its log and the Hub tell: (one of `MOMENTS`, updates that are done)."""
         log = output_dir / "train.log"
-        lines = log.read_bytes()[self.logged :].decode(errors="replace").splitlines() if log.exists() else [""]
+        lines = log.read_bytes()[self.logged :].decode(errors="replace").splitlines() if log.exists() else []
         steps = re.findall(r"^.*\bstep (\d+): loss", "\n".join(lines), re.MULTILINE)  # since this start
         step = int(steps[-1]) if steps else newest_checkpoint(output_dir)
         unfinished = [*output_dir.glob("*.unfinished"), *output_dir.glob("images/*.unfinished")]
         unfinished = {path.name.split("-")[0] for path in unfinished}
+        if not steps:  # what is unfinished may be of the run that was killed before
+            return "start", step
         if "checkpoint" in unfinished:
             return "checkpoint", step
-        if not steps and not unfinished:
-            return "start", step
         if "upload" in unfinished or now - self.asked.value < 0.02:
             return "upload", step
-        if "step" in unfinished or "Running validation" in lines[-1]:
+        painting = step % PAINTED_EVERY == 0 and f"step {step}: loss" in lines[-1]  # which is what follows
+        if painting or "step" in unfinished or "Running validation" in lines[-1]:
             return "images", step
         return "results" if unfinished else "update", step
 
