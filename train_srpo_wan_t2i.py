@@ -1162,7 +1162,8 @@ def number(kind=float, at_least=-math.inf, above=-math.inf, below=math.inf):
 
     def convert(text):
         value = kind(text)
-        if not (math.isfinite(value) and at_least <= value and above < value < below):
+        finite = kind is int or math.isfinite(value)  # an int may be too large for a float
+        if not (finite and at_least <= value and above < value < below):
             limits = {"at least": at_least, "above": above, "below": below}
             words = " and ".join(f"{name} {limit}" for name, limit in limits.items() if math.isfinite(limit))
             raise argparse.ArgumentTypeError(f"must be {words or 'finite'}, but is {text}")
@@ -1295,7 +1296,11 @@ def check_flags(args, parser):
         (steps % reuses, "max_train_steps", multiple),
         (positive & negative, "positive_words", "has a word of `--negative_words`, which has no meaning"),
         (args.lr_warmup_steps > steps, "lr_warmup_steps", f"must be at most `--max_train_steps {steps}`"),
-        (Path(args.logging_dir).name != args.logging_dir, "logging_dir", "must be a name, not a path"),
+        (
+            Path(args.logging_dir).name != args.logging_dir or args.logging_dir == "..",
+            "logging_dir",
+            "must be a name, not a path",
+        ),
         (args.report_to not in trackers, "report_to", f"needs `pip install {args.report_to}`"),
         (args.optimizer == "adamw_8bit" and no_torchao, "optimizer", "needs `pip install torchao`"),
         (args.push_to_hub and not huggingface_hub.get_token(), "push_to_hub", "needs `hf auth login` or HF_TOKEN"),
@@ -1360,10 +1365,11 @@ def read_model_info(args):
     names, flag = ("revision", "variant", "cache_dir"), f"`--pretrained_model_name_or_path {path}`"
     source = {"pretrained_model_name_or_path": path, **{name: getattr(args, name) for name in names}}
     with input_error(f"{flag} is not a Wan pipeline in the layout of diffusers"), torch.device("meta"):
-        index = diffusers.WanPipeline.load_config(**source)
+        index = dict(diffusers.WanPipeline.load_config(**source))
         scheduler = diffusers.UniPCMultistepScheduler.load_config(**source, subfolder="scheduler")
         vae = diffusers.AutoencoderKLWan.from_config(diffusers.AutoencoderKLWan.load_config(**source, subfolder="vae"))
-    two_experts, boundary_ratio = index.get("transformer_2", [None, None])[1] is not None, index.get("boundary_ratio")
+        two_experts = index.get("transformer_2", [None, None])[1] is not None
+    boundary_ratio = index.get("boundary_ratio")
     if expert != EXPERTS[two_experts]:
         found = "two experts" if two_experts else "no `transformer_2`, only one expert"
         raise ValueError(f"{flag} has {found}: train it with `--transformer_subfolder {EXPERTS[two_experts]}`.")
@@ -1372,6 +1378,9 @@ def read_model_info(args):
     with input_error(f"{flag} lacks the model in `{expert}`"), torch.device("meta"):
         config = diffusers.WanTransformer3DModel.load_config(**source, subfolder=expert)
         transformer = diffusers.WanTransformer3DModel.from_config(config)
+    if (channels := transformer.config.in_channels) != vae.config.z_dim:
+        problem = f"is not for text to video: `{expert}` takes {channels} channels"
+        raise ValueError(f"{flag} {problem}, and the VAE makes {vae.config.z_dim}.")
     settings = index.get("expand_timesteps", False), scheduler.get("flow_shift", 1.0)
     return ModelInfo(source, expert, boundary_ratio if two_experts else None, *settings, transformer, vae)
 
@@ -1524,7 +1533,7 @@ def check_reward(args):
         with input_error(f"Without `--reward_model_path`, {HPS_FILE} is needed from the Hub, which failed"):
             path = args.reward_model_path or huggingface_hub.hf_hub_download(HPS_REPOSITORY, HPS_FILE)
         args.reward_model_path, flag = path, f"`--reward_model_path {path}`"
-        if not Path(path).is_file():
+        if not os.path.isfile(path):
             download = f"hf download {HPS_REPOSITORY} {HPS_FILE} --local-dir ."
             raise ValueError(f"{flag} is not a file. Download it with `{download}`.")
         with input_error(f"{flag} is not a checkpoint with a `state_dict`"):
@@ -1557,12 +1566,13 @@ def check_output_dir(args):
     output, resume_from, flag = Path(args.output_dir), args.resume_from_checkpoint, f"`--output_dir {args.output_dir}`"
     with input_error(f"{flag} cannot be used"):
         found = {path.name for path in output.iterdir()} if os.path.lexists(output) else set()
+        saved, is_named = list_checkpoints(output), resume_from not in (None, "latest")
     for name in PATH_FLAGS:
         path = Path(vars(args)[name] or os.devnull).resolve()
-        if path.exists() and output.resolve() in (path, *path.parents):
+        if os.path.exists(path) and output.resolve() in (path, *path.parents):
             raise ValueError(f"`--{name} {path}` lies in {flag}. Choose another folder to write to.")
-    saved, is_named = list_checkpoints(output), resume_from not in (None, "latest")
-    if is_named and (resume_from.endswith(".unfinished") or not Path(resume_from, STATE_FILE).is_file()):
+    is_whole_name = Path(resume_from or "").suffix != ".unfinished"
+    if is_named and not (is_whole_name and os.path.isfile(Path(resume_from, STATE_FILE))):
         advice = f"`output_dir` has {', '.join(map(str, saved)) or 'none'}"
         raise ValueError(f"`--resume_from_checkpoint {resume_from}` is not a complete checkpoint; {advice}.")
     if found and MARKER not in found:
@@ -1837,7 +1847,8 @@ def main(args):
         if checkpoint is not None:
             if validation is not None and not (validation.folder / "step-0" / "scores.json").is_file():
                 validate(accelerator, models, recipe, validation, RunState())
-            load_checkpoint(accelerator, adam, checkpoint, is_lora=args.lora_rank is not None)
+            with one_line_errors():
+                load_checkpoint(accelerator, adam, checkpoint, is_lora=args.lora_rank is not None)
             logger.info(f"Resumed from {checkpoint} at step {state.step}")
         schedule = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
         schedule["last_epoch"] = state.step - 1  # the rate is a function of the step, so no checkpoint holds it
