@@ -993,9 +993,16 @@ def read_state(folder):
     file = Path(folder, STATE_FILE)
     with input_error(f"`{file}` is damaged or of another version of this script; take another checkpoint"):
         content = json.loads(file.read_text())
-        numbers = [value for row in content["history"] for value in (row["step"], *row.values())]
-        numbers += [content["global_step"], content["skipped"]]
-        if not {*map(type, numbers)} <= {int, float} or content["expert"] not in EXPERTS:
+        history, last = content["history"], content["global_step"]
+        steps, numbers = [content["skipped"], last], [value for row in history for value in row.values()]
+        steps += [row["step"] for row in history]
+        if {*map(type, steps)} != {int} or not 0 <= min(steps) <= max(steps) <= last:
+            raise ValueError("its steps are not those of a run")
+        if (
+            not {*map(type, numbers)} <= {int, float}
+            or content["expert"] not in EXPERTS
+            or "engine" not in content["run"]
+        ):
             raise ValueError("it does not hold what this script writes")
         return {name: content[name] for name in "global_step skipped history run expert config lora dtype".split()}
 
@@ -1010,14 +1017,16 @@ def find_checkpoint(accelerator, run):
         whole = next((each for each in saved[::-1] if find_damage(accelerator, each) is None), "none")
         raise ValueError(f"{folder} is damaged: `{damage}` is not what was saved. The newest whole one is {whole}.")
     content, new = read_state(folder), json.loads(json.dumps(run.identity))
-    changes = {name: f"{name}: {content['run'].get(name)}, which is now {new[name]}" for name in new}
-    changes = {name: text for name, text in changes.items() if content["run"].get(name) != new[name]}
-    advice = "start a new run" if changes.keys() & set(PINNED) else "start a new run, or add `--allow_changes`"
-    if changes and not (flags["allow_changes"] and advice.endswith("`")):
-        raise ValueError(f"{folder} was made with another {'; '.join(changes.values())}. Use the same, or {advice}.")
-    if content["global_step"] > flags["max_train_steps"]:
-        raise ValueError(f"{folder} is beyond `--max_train_steps {flags['max_train_steps']}`.")
-    return folder, RunState(content["global_step"], content["skipped"], content["history"])
+    changed = [name for name in new if content["run"].get(name) != new[name]]
+    is_fixed, step = bool({*changed} & {*PINNED}), content["global_step"]
+    with input_error(f"{folder} cannot be continued"):
+        if changed and (is_fixed or not flags["allow_changes"]):
+            changes = "; ".join(f"{name} {content['run'].get(name)}, which is now {new[name]}" for name in changed)
+            advice = "start a new run" if is_fixed else "start a new run, or add `--allow_changes`"
+            raise ValueError(f"use the same, {advice}: it was made with another {changes}")
+        if step > flags["max_train_steps"]:
+            raise ValueError(f"it is beyond `--max_train_steps {flags['max_train_steps']}`")
+    return folder, RunState(step, content["skipped"], content["history"])
 
 
 @contextmanager
@@ -1157,16 +1166,15 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if hidden else super()._get_help_string(action)
 
 
-def number(kind=float, at_least=-math.inf, above=-math.inf, below=math.inf):
-    """An argparse type: a finite number of this `kind` within these limits."""
+def number(kind=float, at_least=-math.inf, above=-math.inf, below=2**63):
+    """An argparse type: a number of this `kind` within these limits, of which NaN is in none."""
 
     def convert(text):
         value = kind(text)
-        finite = kind is int or math.isfinite(value)  # an int may be too large for a float
-        if not (finite and at_least <= value and above < value < below):
+        if not (at_least <= value and above < value < below and abs(value) < 2**63):
             limits = {"at least": at_least, "above": above, "below": below}
-            words = " and ".join(f"{name} {limit}" for name, limit in limits.items() if math.isfinite(limit))
-            raise argparse.ArgumentTypeError(f"must be {words or 'finite'}, but is {text}")
+            words = " and ".join(f"{name} {limit}" for name, limit in limits.items() if abs(limit) < 2**63)
+            raise argparse.ArgumentTypeError(f"must be {words or 'finite'}, but is {value}")
         return value
 
     convert.__name__ = "whole number" if kind is int else "number"  # in argparse's "invalid ... value"
@@ -1326,11 +1334,13 @@ def check_flags(args, parser):
 
 @contextmanager
 def input_error(cause):
-    """Turns whatever a library says of unreadable input into a `ValueError` of one line that begins with `cause`."""
+    """Turns whatever a library says of unreadable input into a `ValueError` of one line that begins with `cause`. A very
+    long one, because of a name or a value in it, loses its middle."""
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{cause}: {' '.join(str(error).split())}") from error
+        message = " ".join(f"{cause}: {error}".split())
+        raise ValueError(message if len(message) < 900 else f"{message[:600]} ... {message[-290:]}") from error
 
 
 @contextmanager
