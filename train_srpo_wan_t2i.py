@@ -771,22 +771,22 @@ def validate(accelerator, models, recipe, validation, state):
     means = {"validation_reward": np.mean(rewards).item(), "validation_relative": np.mean(relative).item()}
     if accelerator.is_main_process:
         with written(validation.folder / f"step-{state.step}", size=sum(image.nbytes for image in images)) as folder:
-            folder.mkdir(parents=True)
+            folder.mkdir()
             scores = []
             for index, caption in enumerate(validation.captions):
                 slug = re.sub(r"\W+", "-", caption.lower()).strip("-")[:48]
-                row = {"caption": caption, "image": f"{index:03d}-{slug}.png"}
-                Image.fromarray(images[index]).save(folder / row["image"])
-                scores.append({**row, "reward": rewards[index], "relative": relative[index]})
+                scores.append({"caption": caption, "image": f"{index:03d}-{slug}.png"})
+                scores[-1] |= {"reward": rewards[index], "relative": relative[index]}
+                Image.fromarray(images[index]).save(folder / scores[-1]["image"])
             (folder / "scores.json").write_text(json.dumps(scores, indent=1))
         for tracker in accelerator.trackers:
-            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             if hasattr(tracker, "log_images"):
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({"validation": np.stack(images)}, step=state.step, **layout)
     accelerator.wait_for_everyone()
     accelerator.log(means, step=state.step)
     state.history.append({"step": state.step, **means})
-    summary = ", ".join(f"{name.removeprefix('validation_')} {value:.4f}" for name, value in means.items())
+    summary = "reward {validation_reward:.4f}, relative {validation_relative:.4f}".format(**means)
     logger.info(f"Validation at step {state.step}: {summary}, {len(images)} images")
 
 
@@ -844,22 +844,19 @@ def discard(path):
         path.unlink(missing_ok=True)
 
 
-def full_disk(path, size):
-    """What ends the program if the disk has no room for `size` bytes at `path`."""
-    free = shutil.disk_usage(path if path.is_dir() else path.parent).free / 1e9
-    problem = f"the disk is full: `{path}` takes {size / 1e9:.3g} GB, and {free:.3g} GB are free"
-    return SystemExit(f"error: {problem}. What was saved before is whole.")
-
-
 @contextmanager
 def written(path, size=1e6):
     """A path beside `path` to write a file or folder of about `size` bytes to. If the block succeeds, it is flushed to
-    the disk and takes the place of `path`, where a link is followed; else it is removed."""
+    the disk and takes the place of `path`, where a link is followed; else it is removed. Ends the program if the disk
+    is full, or would be."""
     path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     discard(new := path.with_name(f"{path.name}.unfinished"))
-    if shutil.disk_usage(path.parent).free < size:
-        raise full_disk(path, size)
+    free = shutil.disk_usage(path.parent).free
+    full = f"error: the disk is full: `{path}` takes {size / 1e9:.3g} GB, and {free / 1e9:.3g} GB were free. What was "
+    full += "saved before is whole. Make room and continue."
+    if free < size:
+        raise SystemExit(full)
     try:
         yield new
         for file in filter(Path.is_file, (new, *new.rglob("*"))):
@@ -869,7 +866,7 @@ def written(path, size=1e6):
     except BaseException as error:
         is_full = "No space left" in str(error) or shutil.disk_usage(path.parent).free < 2**20
         discard(new)
-        raise full_disk(path, size) if is_full else error from error
+        raise SystemExit(full) if is_full else error from error
     if path.is_dir():
         discard(path)
     new.replace(path)
@@ -878,7 +875,7 @@ def written(path, size=1e6):
 @contextmanager
 def claim_output_dir(folder, size):
     """Makes the output folder and holds its lock, which the kernel releases however the process ends. `ValueError` if
-    another process holds it. If nothing was written to the marker in the end, the folder is as before."""
+    another process holds it, or less than `size` bytes are free. If the marker stays empty, all is as before."""
     marker, made = folder / MARKER, [each for each in (folder, *folder.parents) if not each.exists()]
     with input_error(f"`--output_dir {folder}` cannot be written, or another run is writing to it; choose another"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -888,24 +885,23 @@ def claim_output_dir(folder, size):
         for leftover in (*folder.glob("*.unfinished"), *folder.glob("*/*.unfinished")):
             discard(leftover)
         try:
-            if shutil.disk_usage(folder).free < size:
-                raise full_disk(folder, size)
+            if (free := shutil.disk_usage(folder).free) < size:
+                needs = f"{size / 1e9:.3g} GB, of which {free / 1e9:.3g} GB are free"
+                raise ValueError(f"`--output_dir {folder}`: the disk is full: the run needs {needs}.")
             yield
         finally:
             if marker.stat().st_size == 0:
-                marker.unlink()
-                for each in made:
-                    each.rmdir()
+                for remove in (marker.unlink, *(each.rmdir for each in made)):
+                    remove()
 
 
 def begin_output(run):
     """Marks the output folder as that of the run, without what an earlier one left there, and begins `train.log`."""
-    if run.flags["overwrite_output_dir"]:
-        files = [path for pattern in RUN_FILES for path in run.output_dir.glob(pattern)]
-        for path in [*files, *list_checkpoints(run.output_dir)]:
-            discard(path)
-            with suppress(OSError):  # ends at a folder that is not empty, such as that of the marker
-                os.removedirs(path.parent)
+    old = [path for pattern in RUN_FILES for path in run.output_dir.glob(pattern)] + list_checkpoints(run.output_dir)
+    for path in old if run.flags["overwrite_output_dir"] else ():
+        discard(path)
+        with suppress(OSError):  # ends at a folder that is not empty, such as that of the marker
+            os.removedirs(path.parent)
     (run.output_dir / MARKER).write_text(json.dumps(run.identity, indent=1))  # in place, since it is locked
     handler = logging.FileHandler(run.output_dir / "train.log")
     handler.setFormatter(logging.Formatter(LOG_FORMAT))
@@ -944,14 +940,6 @@ def find_damage(accelerator, folder):
     return min((line.split("  ")[-1] for line in {*listed} ^ {*list_checksums(accelerator, folder)}), default=None)
 
 
-def require_finite_weights(accelerator, transformer, run):
-    """Ends the program, before anything is saved, if trained weights, or the share of a process, are not finite."""
-    shares = [getattr(each, "ds_tensor", each) for each in transformer.parameters() if each.requires_grad]
-    if not min(gather_object([all(share.isfinite().all() for share in shares)])):
-        last = (list_checkpoints(run.output_dir) or ["the base model"])[-1]
-        raise SystemExit(f"error: weights became NaN or infinite, and are not saved. The last good state is {last}.")
-
-
 def keep_lora_only(_models, weights, _output_dir):
     """A hook of `Accelerator.save_state`: of the state dicts, of which DeepSpeed has none, it keeps only the LoRA."""
     weights[:] = [{name: tensor for name, tensor in each.items() if "lora_" in name} for each in weights]
@@ -959,8 +947,11 @@ def keep_lora_only(_models, weights, _output_dir):
 
 def save_checkpoint(accelerator, transformer, run, state):
     """Writes `checkpoint-N`: the training state, in `trainer_state.json` the curves and what export_checkpoint.py
-    needs, and checksums. Only when it is complete, checkpoints above the limit are removed."""
-    require_finite_weights(accelerator, transformer, run)
+    needs, and checksums; then removes those above the limit. Ends the program if the weights are not finite."""
+    shares = [getattr(each, "ds_tensor", each) for each in transformer.parameters() if each.requires_grad]
+    if not min(gather_object([all(share.isfinite().all() for share in shares)])):
+        last = (list_checkpoints(run.output_dir) or ["the base model"])[-1]
+        raise SystemExit(f"error: weights became NaN or infinite, and are not saved. The last good state is {last}.")
     folder, main = run.output_dir / f"checkpoint-{state.step}", accelerator.is_main_process
     with written(folder, run.checkpoint_size) if main else nullcontext(Path(f"{folder.resolve()}.unfinished")) as new:
         if main:
@@ -1017,15 +1008,15 @@ def find_checkpoint(accelerator, run):
         whole = next((each for each in saved[::-1] if find_damage(accelerator, each) is None), "none")
         raise ValueError(f"{folder} is damaged: `{damage}` is not what was saved. The newest whole one is {whole}.")
     content, new = read_state(folder), json.loads(json.dumps(run.identity))
-    changed = [name for name in new if content["run"].get(name) != new[name]]
-    is_fixed, step = bool({*changed} & {*PINNED}), content["global_step"]
+    old, step = content["run"], content["global_step"]
+    changed = [name for name in new if old.get(name) != new[name]]
     with input_error(f"{folder} cannot be continued"):
-        if changed and (is_fixed or not flags["allow_changes"]):
-            changes = "; ".join(f"{name} {content['run'].get(name)}, which is now {new[name]}" for name in changed)
-            advice = "start a new run" if is_fixed else "start a new run, or add `--allow_changes`"
-            raise ValueError(f"use the same, {advice}: it was made with another {changes}")
+        if changed and ({*changed} & {*PINNED} or not flags["allow_changes"]):
+            advice = "start a new run" if {*changed} & {*PINNED} else "add `--allow_changes`"
+            changes = "; ".join(f"{name}: {old.get(name)}, which is now {new[name]}" for name in changed)
+            raise ValueError(f"it was made with another {changes}. Use the same, or {advice}.")
         if step > flags["max_train_steps"]:
-            raise ValueError(f"it is beyond `--max_train_steps {flags['max_train_steps']}`")
+            raise ValueError(f"it is beyond `--max_train_steps {flags['max_train_steps']}`.")
     return folder, RunState(step, content["skipped"], content["history"])
 
 
@@ -1101,7 +1092,6 @@ def save_model_card(run, history, images):
 
 def save_results(accelerator, transformer, run, state):
     """Writes what users want of a run: the weights, the curves, the pictures and the card; and begins to upload it."""
-    require_finite_weights(accelerator, transformer, run)
     weights = gather_weights(accelerator, transformer, run.dtype)
     if accelerator.is_main_process:
         bare, output, images = accelerator.unwrap_model(transformer), run.output_dir, run.output_dir / "images"
@@ -1334,8 +1324,8 @@ def check_flags(args, parser):
 
 @contextmanager
 def input_error(cause):
-    """Turns whatever a library says of unreadable input into a `ValueError` of one line that begins with `cause`. A very
-    long one, because of a name or a value in it, loses its middle."""
+    """Turns whatever a library says of unreadable input into a `ValueError` of one line that begins with `cause`, and
+    without its middle if names or values in it are very long."""
     try:
         yield
     except Exception as error:
@@ -1526,16 +1516,6 @@ def check_dataset(args, model):
     return dataset
 
 
-def check_tokenizer(path, texts, vocab_size):
-    """Refuses a tokenizer without its files, for which transformers would make one that knows no words."""
-    find = partial(transformers.utils.cached_file, path, _raise_exceptions_for_missing_entries=False)
-    if not (find("tokenizer.json") or (find("vocab.json") and find("merges.txt"))):
-        raise ValueError("it has neither `tokenizer.json` nor `vocab.json` and `merges.txt`")
-    tokens = transformers.CLIPProcessor.from_pretrained(path).tokenizer([*texts]).input_ids
-    if len({*map(tuple, tokens)}) < len(texts) or max(map(max, tokens)) >= vocab_size:
-        raise ValueError("its tokenizer is not that of the model, or the same for different control words")
-
-
 def check_reward(args):
     """Fills in defaults of the reward's paths. Refuses a checkpoint that is missing or of another architecture.
     Returns the [`fingerprint`] of a layer."""
@@ -1543,7 +1523,7 @@ def check_reward(args):
         with input_error(f"Without `--reward_model_path`, {HPS_FILE} is needed from the Hub, which failed"):
             path = args.reward_model_path or huggingface_hub.hf_hub_download(HPS_REPOSITORY, HPS_FILE)
         args.reward_model_path, flag = path, f"`--reward_model_path {path}`"
-        if not os.path.isfile(path):
+        if not Path(path).is_file():
             download = f"hf download {HPS_REPOSITORY} {HPS_FILE} --local-dir ."
             raise ValueError(f"{flag} is not a file. Download it with `{download}`.")
         with input_error(f"{flag} is not a checkpoint with a `state_dict`"):
@@ -1566,7 +1546,14 @@ def check_reward(args):
         with torch.device("meta"):
             check_weights(transformers.CLIPModel(config), read_shapes(weight_files(*where)))
     with input_error(f"`--reward_processor_path {processor}` is not the folder or Hub id of a whole processor"):
-        check_tokenizer(processor, {*args.positive_words, *args.negative_words}, config.text_config.vocab_size)
+        # Without these files transformers makes a tokenizer of its own, which knows no words.
+        find = partial(transformers.utils.cached_file, processor, _raise_exceptions_for_missing_entries=False)
+        if not (find("tokenizer.json") or (find("vocab.json") and find("merges.txt"))):
+            raise ValueError("it has neither `tokenizer.json` nor `vocab.json` and `merges.txt`")
+        words = {*args.positive_words, *args.negative_words}
+        tokens = transformers.CLIPProcessor.from_pretrained(processor).tokenizer([*words]).input_ids
+        if len({*map(tuple, tokens)}) < len(words) or max(map(max, tokens)) >= config.text_config.vocab_size:
+            raise ValueError("its tokenizer is not the model's, or makes the same of different control words")
     return weights_fingerprint(*where, f"{REWARD_LAYER}.weight")
 
 
@@ -1679,13 +1666,6 @@ def make_run(accelerator, args, model, dtype, dataset, hashes):
     return Run(Path(args.output_dir), vars(args), model.expert, dtype, identity, size, repo_id)
 
 
-def create_repository(run):
-    """Makes the repository on the Hub that results are pushed to. Returns the [`Run`] with its full name."""
-    options = {"private": run.flags["hub_private_repo"], "exist_ok": True}
-    with input_error(f"`--push_to_hub` cannot create `{run.repo_id}`; see `--hub_model_id`, and `hf auth whoami`"):
-        return run._replace(repo_id=with_retries(lambda: huggingface_hub.create_repo(run.repo_id, **options)).repo_id)
-
-
 def catch_signals(handler, _worker=None):
     """Sets what this process, the run or one that loads data for it, does when it gets SIGTERM or Ctrl-C."""
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -1700,10 +1680,8 @@ def remember_signal(received, speaks, number, _frame):
     message = f"\n{signal.Signals(number).name}: {'the run has ended' if again or not received else what}.\n"
     if speaks:
         os.write(sys.stderr.fileno(), message.encode())  # a handler must not print
-    if again:
-        os._exit(128 + number)
-    if not received:
-        raise SystemExit(128 + number)
+    if again or not received:
+        (os._exit if again else sys.exit)(128 + number)
     received.append(number)
 
 
@@ -1775,21 +1753,20 @@ def make_validation(args, dataset, collate, model):
 def skip_update(accelerator, recipe, rollouts, run, state):
     """Names captions and noise levels of an update that was left out because loss or gradient was not finite, in
     `train.log` and in a file. Ends the program if there were too many."""
-    state.skipped, rows = state.skipped + 1, []
+    state.skipped, rows, file = state.skipped + 1, [], run.output_dir / SKIPPED_FILE
     for rollout in rollouts:
         branches = plan_update(recipe, state.step - 1, rollout.samples).branches
         levels = {each.name: [each.sigma_from.tolist(), each.sigma_to.tolist()] for each in branches}
         rows.append(json.dumps({"step": state.step, "captions": rollout.captions, **levels}) + "\n")
-    rows, file = gather_object(rows), run.output_dir / SKIPPED_FILE
-    problem = f"Update {state.step} is skipped: its loss or gradient is NaN or infinite. See {file}"
-    logger.warning(f"{problem}.")
+    rows, problem = gather_object(rows), f"update {state.step} is skipped: its loss or gradient is NaN or infinite"
+    logger.warning(f"{problem}. See {file}.")
+    logger.debug("".join(rows))
     if accelerator.is_main_process:
-        logger.debug(rows)
         with file.open("a") as stream:
             stream.writelines(rows)
     if state.skipped >= run.flags["max_skipped_updates"]:
         last = (list_checkpoints(run.output_dir) or ["the base model"])[-1]
-        raise SystemExit(f"error: {problem}, and `--max_skipped_updates`. The last good state is {last}.")
+        raise SystemExit(f"error: {problem}. See {file}, and `--max_skipped_updates`. The last good state is {last}.")
 
 
 def gather_means(accelerator, metrics, received):
@@ -1831,7 +1808,11 @@ def main(args):
             if accelerator.is_main_process:
                 size = 0 if args.overwrite_output_dir else run.checkpoint_size  # overwriting makes room
                 held.enter_context(claim_output_dir(run.output_dir, size))
-                run = create_repository(run) if args.push_to_hub else run
+                if args.push_to_hub:
+                    options = {"repo_id": run.repo_id, "private": args.hub_private_repo, "exist_ok": True}
+                    with input_error(f"`--push_to_hub` cannot create `{run.repo_id}`; see `hf auth whoami`"):
+                        repo = with_retries(lambda: huggingface_hub.create_repo(**options))
+                    run = run._replace(repo_id=repo.repo_id)
             accelerator.wait_for_everyone()
             # 2. Load models and data. Captions were encoded before, so the text encoder stays on disk.
             collate = partial(collate_fn, max_sequence_length=args.max_sequence_length, dtype=dtypes[1])
