@@ -56,6 +56,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.logging import get_logger
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import ProjectConfiguration, gather_object, patch_environment, set_seed, tqdm
+from jinja2 import Template
 from PIL import Image
 from safetensors import safe_open
 from torch.utils.checkpoint import checkpoint
@@ -105,7 +106,7 @@ PINNED = """engine mixed_precision num_processes base_model transformer_subfolde
 # What DeepSpeed's checkpoints hold beside tensors and plain values.
 DEEPSPEED_CLASSES = """deepspeed.runtime.fp16.loss_scaler:LossScaler deepspeed.runtime.zero.config:ZeroStageEnum
     deepspeed.utils.tensor_fragment:fragment_address""".split()
-MODEL_CARD = Path(__file__).with_name("model_card_template.md").read_text()
+MODEL_CARD = Template(Path(__file__).with_name("model_card_template.md").read_text())
 # First words of the names of files of weights, and the layers by whose weights a model is identified.
 DIFFUSERS_STEM, TRANSFORMERS_STEM, REWARD_LAYER = "diffusion_pytorch_model", "model", "text_projection"
 TRANSFORMER_LAYER, TEXT_ENCODER_LAYER = "blocks.0.attn1.to_q.weight", "encoder.final_layer_norm.weight"
@@ -1057,35 +1058,21 @@ def save_weights(weights, output_dir, expert, config, lora):
     return path
 
 
-def save_model_card(run, history, images):
-    """Writes the `README.md` of the output folder. `images` is the last folder of validation images, or `None`. Of
-    paths on this machine, a card has the last part only."""
-    flags, rank, base = dict(run.flags), run.flags["lora_rank"], run.flags["pretrained_model_name_or_path"]
-    on_hub, validations = not Path(base).exists(), [row for row in history if "validation_reward" in row]
+def save_model_card(run, history):
+    """Writes the `README.md` of the output folder. Of paths on this machine, it has the last part only."""
+    flags, base = dict(run.flags), "pretrained_model_name_or_path"
     for name, value in flags.items():
         if isinstance(value, list | tuple):
             flags[name] = shlex.join(map(str, value))
         elif name in PATH_FLAGS and value and Path(value).exists():
             flags[name] = Path(value).resolve().name
-    base = flags["pretrained_model_name_or_path"]
-    data = {"license": "apache-2.0", "library_name": "diffusers", "pipeline_tag": "text-to-image"}
-    data["tags"] = ["text-to-image", "diffusers", "wan", "srpo", *(["lora"] if rank else [])]
-    if on_hub:
-        data |= {"base_model": base, "base_model_relation": "adapter" if rank else "finetune"}
-    if images is not None:
-        rows, url = json.loads((images / "scores.json").read_text()), f"images/{images.name}"
-        data["widget"] = [{"text": row["caption"], "output": {"url": f"{url}/{row['image']}"}} for row in rows]
-        data |= {"model_name": run.repo_id.split("/")[-1], "eval_results": []}
-        for when, row in (("before", validations[0]), ("after", validations[-1])):
-            for name in ("reward", "relative"):
-                result = ("text-to-image", "prompts", "validation prompts", name, round(row[f"validation_{name}"], 4))
-                metric = f"{flags['reward_model']}, {name}, {when} training"
-                data["eval_results"].append(huggingface_hub.EvalResult(*result, metric_name=metric))
-    facts = {"run": run, "flags": flags, "base": base, "rank": rank, "on_hub": on_hub}
-    facts["updates"] = max((row["step"] for row in history), default=0)
-    facts["scores"] = [row["validation_relative"] for row in validations]
-    card_data = huggingface_hub.ModelCardData(**data)
-    card = huggingface_hub.ModelCard.from_template(card_data, template_str=MODEL_CARD, **facts)
+    scores, images = [row for row in history if "validation_reward" in row], []
+    if scores and (painted := run.output_dir / f"images/step-{scores[-1]['step']}/scores.json").is_file():
+        url = painted.relative_to(run.output_dir).parent
+        images = [{**row, "url": f"{url}/{row['image']}"} for row in json.loads(painted.read_text())]
+    facts = {"run": run, "flags": flags, "history": history, "scores": scores, "images": images}
+    on_hub, rank = not Path(run.flags[base]).exists(), flags["lora_rank"]
+    card = huggingface_hub.ModelCard(MODEL_CARD.render(**facts, base=flags[base], on_hub=on_hub, rank=rank))
     with written(run.output_dir / "README.md") as file:
         card.save(file)
 
@@ -1100,7 +1087,7 @@ def save_results(accelerator, transformer, run, state):
         painted = [row["step"] for row in state.history if (images / f"step-{row['step']}/scores.json").is_file()]
         if painted:
             save_before_after(images, (painted[0], painted[-1]), output / "before_after.png")
-        save_model_card(run, state.history, images / f"step-{painted[-1]}" if painted else None)
+        save_model_card(run, state.history)
         if run.flags["push_to_hub"]:
             state.uploads.append(start_upload(run, state.step))
     accelerator.wait_for_everyone()
