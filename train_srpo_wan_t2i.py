@@ -640,7 +640,63 @@ def update(accelerator, models, optimizer, rollouts, recipe, step):
     return means | {"grad_norm": grad_norm}
 
 
-# ---- 8. What is trained: all weights, or a LoRA beside them. --------------------------------------------------------
+# ---- 8. Weights: the files they come from; what is trained, all of them or a LoRA beside them. ----------------------
+def weight_files(source, subfolder, stem, layer=None):
+    """The paths of the safetensors files of a model, downloaded if need be: `{stem}.safetensors` or its shards, or the
+    one that holds the tensor `layer`. `source` are the arguments of `from_pretrained` that say where the model is."""
+    path, variant = source["pretrained_model_name_or_path"], source.get("variant")
+    options = {name: value for name, value in source.items() if name in ("revision", "cache_dir")}
+    cached = partial(transformers.utils.cached_file, path, subfolder=subfolder, **options)
+    suffix = f".{variant}" if variant else ""
+    index = cached(f"{stem}.safetensors.index{suffix}.json", _raise_exceptions_for_missing_entries=False)
+    if index is None:
+        return [cached(f"{stem}{suffix}.safetensors")]
+    shards = json.loads(Path(index).read_text())["weight_map"]
+    return [cached(shard) for shard in sorted({shards[layer]} if layer else set(shards.values()))]
+
+
+def weights_fingerprint(source, subfolder, stem, layer):
+    """Identifies a model by the weights of one `layer`, wherever they lie. Only that tensor is read. See
+    [`weight_files`] and [`fingerprint`]."""
+    (file,) = weight_files(source, subfolder, stem, layer)
+    with safe_open(file, framework="pt") as weights:
+        return fingerprint(weights.get_tensor(layer))
+
+
+def fingerprint(tensor):
+    """The first 16 hex digits of the SHA-256 of the little-endian bytes of a tensor in bfloat16."""
+    return hashlib.sha256(tensor.to(torch.bfloat16).view(torch.int16).numpy().tobytes()).hexdigest()[:16]
+
+
+def read_shapes(files):
+    """{name: shape} of the tensors in safetensors files. Only the heads of the files are read."""
+    shapes = {}
+    for file in files:
+        with input_error(f"`{file}` is not a whole safetensors file"), safe_open(file, framework="pt") as head:
+            shapes |= {name: tuple(head.get_slice(name).get_shape()) for name in head.keys()}
+    return shapes
+
+
+def check_weights(model, found):
+    """Compares {name: shape} `found` in files with a model, e.g. on the meta device; `ValueError` if they differ."""
+    names = {}  # names of the same tensor: one of them is enough
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    missing = [same[0] for same in names.values() if not found.keys() & set(same)]
+    other = [name for name in found if name in expected and found[name] != expected[name]]
+    unknown = [name for name in found if name not in expected and "position_ids" not in name]
+    for what, tensors in (("lack", missing), ("have other shapes of", other), ("have unknown", unknown)):
+        if tensors:
+            raise ValueError(f"the weights {what} {len(tensors)} tensors, such as `{min(tensors)}`")
+
+
+def require_finite(model, flag):
+    """Refuses a model that was just loaded if one of its weights is NaN or infinite; `flag` says whence."""
+    if bad := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
+        raise ValueError(f"{flag}: the weights of `{bad[0]}` are NaN or infinite. Download them again.")
+
+
 def choose_dtypes(mixed_precision, optimizer, lora_rank, deepspeed):
     """The type of frozen and saved weights, and that of the transformer. AdamW under autocast needs float32 weights;
     DeepSpeed has float32 copies, adamw_8bit rounds stochastically, and the base of a LoRA is not trained."""
@@ -964,9 +1020,8 @@ def save_checkpoint(accelerator, transformer, run, state):
             (new / STATE_FILE).write_text(json.dumps(content))
         accelerator.wait_for_everyone()
         # Frozen weights are those of the base model: without DeepSpeed, `keep_lora_only` leaves them out.
-        accelerator.save_state(
-            str(new), **({"exclude_frozen_parameters": True} if accelerator.deepspeed_plugin else {})
-        )
+        lora_only = {"exclude_frozen_parameters": True} if accelerator.deepspeed_plugin else {}
+        accelerator.save_state(str(new), **lora_only)
         # Every draw is a function of the seed, so the pickled states of generators are of no use.
         (new / f"random_states_{accelerator.process_index}.pkl").unlink()
         accelerator.wait_for_everyone()
@@ -985,17 +1040,13 @@ def read_state(folder):
     file = Path(folder, STATE_FILE)
     with input_error(f"`{file}` is damaged or of another version of this script; take another checkpoint"):
         content = json.loads(file.read_text())
-        history, last = content["history"], content["global_step"]
+        history, last, expert = content["history"], content["global_step"], content["expert"]
         steps, numbers = [content["skipped"], last], [value for row in history for value in row.values()]
         steps += [row["step"] for row in history]
-        if {*map(type, steps)} != {int} or not 0 <= min(steps) <= max(steps) <= last:
-            raise ValueError("its steps are not those of a run")
-        if (
-            not {*map(type, numbers)} <= {int, float}
-            or content["expert"] not in EXPERTS
-            or "engine" not in content["run"]
-        ):
-            raise ValueError("it does not hold what this script writes")
+        if {*map(type, steps)} != {int} or not 0 <= min(steps) <= max(steps) <= last or expert not in EXPERTS:
+            raise ValueError("its steps or its expert are not those of a run")
+        if not {*map(type, numbers)} <= {int, float} or "engine" not in content["run"]:
+            raise ValueError("its curves or its settings are not those of a run")
         return {name: content[name] for name in "global_step skipped history run expert config lora dtype".split()}
 
 
@@ -1259,15 +1310,7 @@ def parse_args(input_args=None):
     if unknown:  # without their values, since one may be a token
         names = " ".join(word.split("=")[0] for word in unknown if word.startswith("-")) or "a value without a flag"
         parser.error(f"unknown arguments: {names}. See --help; tokens come from `hf auth login` or HF_TOKEN.")
-    check_flags(args, parser)
-    if args.lora_rank is not None:
-        args.lora_alpha, args.lora_dropout = args.lora_alpha or args.lora_rank, args.lora_dropout or 0.0
-        args.lora_target_modules = sorted(args.lora_target_modules or LORA_TARGET_MODULES)
-    return args
-
-
-def check_flags(args, parser):
-    """Refuses flags that contradict each other, or that mean nothing beside the others."""
+    # Flags that contradict each other, or that mean nothing beside the others.
     (first, last), reuses, steps = args.train_timestep, args.updates_per_rollout, args.max_train_steps
     positive, negative = ({w.strip().lower() for w in words} for words in (args.positive_words, args.negative_words))
     trackers = ["all", "none", *map(str, get_available_trackers())]
@@ -1281,11 +1324,7 @@ def check_flags(args, parser):
         (steps % reuses, "max_train_steps", multiple),
         (positive & negative, "positive_words", "has a word of `--negative_words`, which has no meaning"),
         (args.lr_warmup_steps > steps, "lr_warmup_steps", f"must be at most `--max_train_steps {steps}`"),
-        (
-            Path(args.logging_dir).name != args.logging_dir or args.logging_dir == "..",
-            "logging_dir",
-            "must be a name, not a path",
-        ),
+        (args.logging_dir == ".." or Path(args.logging_dir).name != args.logging_dir, "logging_dir", "is not a name"),
         (args.report_to not in trackers, "report_to", f"needs `pip install {args.report_to}`"),
         (args.optimizer == "adamw_8bit" and no_torchao, "optimizer", "needs `pip install torchao`"),
         (args.push_to_hub and not huggingface_hub.get_token(), "push_to_hub", "needs `hf auth login` or HF_TOKEN"),
@@ -1307,6 +1346,10 @@ def check_flags(args, parser):
         for name in names.split():
             if pointless and vars(args)[name] != parser.get_default(name):
                 parser.error(f"`--{name}` {why}.")
+    if args.lora_rank is not None:
+        args.lora_alpha, args.lora_dropout = args.lora_alpha or args.lora_rank, args.lora_dropout or 0.0
+        args.lora_target_modules = sorted(args.lora_target_modules or LORA_TARGET_MODULES)
+    return args
 
 
 @contextmanager
@@ -1378,9 +1421,7 @@ def check_flags_for_model(args, model):
     schedule = shift_sigmas(torch.linspace(1, 0, steps + 1), args.shift)
     if boundary is not None and schedule[first] > boundary + 1e-6:
         lowest, window = int((schedule > boundary + 1e-6).sum()), f"`--train_timestep {first} {last}`"
-        problem = (
-            f"{window} starts at sigma {schedule[first]:.3f}, above the boundary {boundary} of the low-noise expert"
-        )
+        problem = f"{window} starts at sigma {schedule[first]:.3f}, above the boundary {boundary} of the expert"
         advice = f"largest valid window of this schedule is `--train_timestep {lowest} {steps}`"
         raise ValueError(f"{problem}, which sees no such noise. The {advice}.")
     if args.rollout_start == "boundary" and boundary is None:
@@ -1396,62 +1437,6 @@ def check_flags_for_model(args, model):
             raise ValueError(f"`--lora_target_modules`: the transformer has no layer `{name}`.")
     with input_error("`--lora_target_modules` must name linear layers"), torch.device("meta"):
         set_up_transformer(copy.deepcopy(model.transformer), args)
-
-
-def weight_files(source, subfolder, stem, layer=None):
-    """The paths of the safetensors files of a model, downloaded if need be: `{stem}.safetensors` or its shards, or the
-    one that holds the tensor `layer`. `source` are the arguments of `from_pretrained` that say where the model is."""
-    path, variant = source["pretrained_model_name_or_path"], source.get("variant")
-    options = {name: value for name, value in source.items() if name in ("revision", "cache_dir")}
-    cached = partial(transformers.utils.cached_file, path, subfolder=subfolder, **options)
-    suffix = f".{variant}" if variant else ""
-    index = cached(f"{stem}.safetensors.index{suffix}.json", _raise_exceptions_for_missing_entries=False)
-    if index is None:
-        return [cached(f"{stem}{suffix}.safetensors")]
-    shards = json.loads(Path(index).read_text())["weight_map"]
-    return [cached(shard) for shard in sorted({shards[layer]} if layer else set(shards.values()))]
-
-
-def weights_fingerprint(source, subfolder, stem, layer):
-    """Identifies a model by the weights of one `layer`, wherever they lie. Only that tensor is read. See
-    [`weight_files`] and [`fingerprint`]."""
-    (file,) = weight_files(source, subfolder, stem, layer)
-    with safe_open(file, framework="pt") as weights:
-        return fingerprint(weights.get_tensor(layer))
-
-
-def fingerprint(tensor):
-    """The first 16 hex digits of the SHA-256 of the little-endian bytes of a tensor in bfloat16."""
-    return hashlib.sha256(tensor.to(torch.bfloat16).view(torch.int16).numpy().tobytes()).hexdigest()[:16]
-
-
-def read_shapes(files):
-    """{name: shape} of the tensors in safetensors files. Only the heads of the files are read."""
-    shapes = {}
-    for file in files:
-        with input_error(f"`{file}` is not a whole safetensors file"), safe_open(file, framework="pt") as head:
-            shapes |= {name: tuple(head.get_slice(name).get_shape()) for name in head.keys()}
-    return shapes
-
-
-def check_weights(model, found):
-    """Compares {name: shape} `found` in files with a model, e.g. on the meta device; `ValueError` if they differ."""
-    names = {}  # names of the same tensor: one of them is enough
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        names.setdefault(id(tensor), []).append(name)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    missing = [same[0] for same in names.values() if not found.keys() & set(same)]
-    other = [name for name in found if name in expected and found[name] != expected[name]]
-    unknown = [name for name in found if name not in expected and "position_ids" not in name]
-    for what, tensors in (("lack", missing), ("have other shapes of", other), ("have unknown", unknown)):
-        if tensors:
-            raise ValueError(f"the weights {what} {len(tensors)} tensors, such as `{min(tensors)}`")
-
-
-def require_finite(model, flag):
-    """Refuses a model that was just loaded if one of its weights is NaN or infinite; `flag` says whence."""
-    if bad := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
-        raise ValueError(f"{flag}: the weights of `{bad[0]}` are NaN or infinite. Download them again.")
 
 
 def check_model_files(model):
@@ -1544,15 +1529,15 @@ def check_reward(args):
     return weights_fingerprint(*where, f"{REWARD_LAYER}.weight")
 
 
-def check_output_dir(args):
+def check_output_dir(output, resume_from, overwrite, inputs):
     """Refuses to write into a folder that is in use for something else, or that holds an input of the run; and a
     checkpoint to resume from that is not there."""
-    output, resume_from, flag = Path(args.output_dir), args.resume_from_checkpoint, f"`--output_dir {args.output_dir}`"
+    flag = f"`--output_dir {output}`"
     with input_error(f"{flag} cannot be used"):
         found = {path.name for path in output.iterdir()} if os.path.lexists(output) else set()
         saved, is_named = list_checkpoints(output), resume_from not in (None, "latest")
-    for name in PATH_FLAGS:
-        path = Path(vars(args)[name] or os.devnull).resolve()
+    for name, path in inputs.items():
+        path = Path(path or os.devnull).resolve()
         if os.path.exists(path) and output.resolve() in (path, *path.parents):
             raise ValueError(f"`--{name} {path}` lies in {flag}. Choose another folder to write to.")
     is_whole_name = Path(resume_from or "").suffix != ".unfinished"
@@ -1563,7 +1548,7 @@ def check_output_dir(args):
         raise ValueError(f"{flag} is not empty, and not the folder of a run. Choose another.")
     if resume_from == "latest" and not saved and found & {*EXPERTS, LORA_FILE}:
         raise ValueError(f"{flag} has results, but no checkpoint to resume from. Choose another.")
-    if found - {MARKER} and not (resume_from or args.overwrite_output_dir):
+    if found - {MARKER} and not (resume_from or overwrite):
         advice = "continue its run with `--resume_from_checkpoint latest`, or delete it with `--overwrite_output_dir`"
         raise ValueError(f"{flag} is not empty. Choose another, {advice}.")
 
@@ -1571,10 +1556,8 @@ def check_output_dir(args):
 def check_deepspeed(args, config, num_processes):
     """Refuses a DeepSpeed file that contradicts the flags, and flags that DeepSpeed cannot follow."""
     if args.optimizer == "adamw_8bit" or args.base_weights == "fp8":
-        problem = (
-            "`--optimizer adamw_8bit` and `--base_weights fp8` need a configuration without DeepSpeed, which joins"
-        )
-        raise ValueError(f"{problem} and casts all weights alike.")
+        flags = "`--optimizer adamw_8bit` and `--base_weights fp8` need a configuration without DeepSpeed"
+        raise ValueError(f"{flags}, which joins all weights and casts them alike.")
     if args.compile and config["zero_optimization"]["stage"] == 3:
         raise ValueError("`--compile` needs whole weights; under ZeRO-3 they come and go while a block runs.")
     if section := {"optimizer", "scheduler"} & config.keys():
@@ -1600,13 +1583,13 @@ def make_accelerator(args):
     logging.basicConfig(format=LOG_FORMAT, datefmt="%m/%d/%Y %H:%M:%S", handlers=[console])
     logger.setLevel(logging.DEBUG)
     set_seed(args.seed)
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
         torch.use_deterministic_algorithms(True)
         torch.backends.cuda.enable_mem_efficient_sdp(False)  # attention whose gradient is not deterministic
         torch.backends.cuda.enable_cudnn_sdp(False)
-    if args.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     on_cpu, uses_deepspeed = not torch.accelerator.is_available(), os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     os.environ |= {"DS_ACCELERATOR": "cpu"} if on_cpu else {}  # DeepSpeed would warn that it chose it
     # The others wait while one process downloads or writes a model. On CPUs DeepSpeed must not look for NCCL.
@@ -1625,15 +1608,15 @@ def make_accelerator(args):
         config = accelerator.deepspeed_plugin.deepspeed_config
         check_deepspeed(args, config, accelerator.num_processes)
         # "auto" in the JSON would become 1.0, whatever `--max_grad_norm` says, and DeepSpeed does the clipping.
-        config["gradient_clipping"] = args.max_grad_norm
-        config["train_micro_batch_size_per_gpu"] = args.train_batch_size
+        config |= {"gradient_clipping": args.max_grad_norm, "train_micro_batch_size_per_gpu": args.train_batch_size}
         # Under ZeRO-3 transformers would partition the reward model as it loads it; frozen models stay whole.
         transformers.integrations.unset_hf_deepspeed_config()
     return accelerator
 
 
 def make_run(accelerator, args, model, dtype, dataset, hashes):
-    """The [`Run`] of the flags. What decides its result is flags, captions, and models by their `hashes`."""
+    """The [`Run`] of the flags, with its repository on the Hub. What decides its result is flags, captions, and models
+    by their `hashes`."""
     engine, bytes_per_weight = "without DeepSpeed", 4.1 if args.optimizer == "adamw_8bit" else 12
     if accelerator.deepspeed_plugin:
         config, masters = accelerator.deepspeed_plugin.deepspeed_config, "bf16_master_weights_and_grads"
@@ -1650,6 +1633,10 @@ def make_run(accelerator, args, model, dtype, dataset, hashes):
     if not args.lr_scheduler.startswith("constant"):
         identity["max_train_steps"] = args.max_train_steps
     repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
+    if args.push_to_hub and accelerator.is_main_process:
+        options = {"repo_id": repo_id, "private": args.hub_private_repo, "exist_ok": True}
+        with input_error(f"`--push_to_hub` cannot create `{repo_id}`; see `--hub_model_id`, and `hf auth whoami`"):
+            repo_id = with_retries(lambda: huggingface_hub.create_repo(**options)).repo_id
     return Run(Path(args.output_dir), vars(args), model.expert, dtype, identity, size, repo_id)
 
 
@@ -1782,7 +1769,8 @@ def main(args):
     with ExitStack() as held:
         # 1. Refuse what cannot succeed before any model is loaded, and hold the output folder until the end.
         with one_line_errors():
-            check_output_dir(args)
+            inputs, resume_from = {name: vars(args)[name] for name in PATH_FLAGS}, args.resume_from_checkpoint
+            check_output_dir(Path(args.output_dir), resume_from, args.overwrite_output_dir, inputs)
             model = read_model_info(args)
             check_flags_for_model(args, model)
             dataset = check_dataset(args, model)
@@ -1795,11 +1783,6 @@ def main(args):
             if accelerator.is_main_process:
                 size = 0 if args.overwrite_output_dir else run.checkpoint_size  # overwriting makes room
                 held.enter_context(claim_output_dir(run.output_dir, size))
-                if args.push_to_hub:
-                    options = {"repo_id": run.repo_id, "private": args.hub_private_repo, "exist_ok": True}
-                    with input_error(f"`--push_to_hub` cannot create `{run.repo_id}`; see `hf auth whoami`"):
-                        repo = with_retries(lambda: huggingface_hub.create_repo(**options))
-                    run = run._replace(repo_id=repo.repo_id)
             accelerator.wait_for_everyone()
             # 2. Load models and data. Captions were encoded before, so the text encoder stays on disk.
             collate = partial(collate_fn, max_sequence_length=args.max_sequence_length, dtype=dtypes[1])
@@ -1842,12 +1825,11 @@ def main(args):
         rows = dataset["train"].select_columns(columns).with_format("numpy")
         batches = load_batches(sampler, rows, collate, device, args.dataloader_num_workers)
         held.callback(batches.close)  # ends the processes that load data, which ignore all signals
-        samples_per_update = args.train_batch_size * accelerator.num_processes * accumulation
-        window = f"noise levels {recipe.train_sigmas[0]:.3f} to {recipe.train_sigmas[-1]:.3f}"
+        samples_per_update, sigmas = sampler.batch_size * accelerator.num_processes * accumulation, recipe.train_sigmas
+        window = f"noise levels {sigmas[0]:.3f} to {sigmas[-1]:.3f}"
         logger.info(f"Training on {samples_per_update} of {len(rows)} captions in an update, on {window}")
         progress_bar = tqdm(total=args.max_train_steps, initial=state.step, desc="Steps")
-        # A signal is remembered, so that the update at hand is finished and saved before the run ends.
-        signals.append(0)
+        signals.append(0)  # from now on a signal lets the update at hand be finished and saved
 
         for step in range(state.step, args.max_train_steps):
             started = time.perf_counter()
@@ -1890,7 +1872,7 @@ def main(args):
         progress_bar.close()
         if not stopped_by:
             save_results(accelerator, transformer, run, state)
-        accelerator.end_training()  # the other processes may go; uploads take as long as they take
+        accelerator.end_training()  # the other processes may go, while uploads take as long as they take
         for upload in state.uploads:
             upload.result()
     if stopped_by:
