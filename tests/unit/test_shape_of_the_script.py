@@ -91,7 +91,8 @@ def test_main_has_at_most_120_lines():
 
 
 def test_the_body_of_the_loop_has_at_most_40_lines():
-    (loop,) = (node for node in ast.walk(function("main")) if isinstance(node, ast.For))
+    loops = [node for node in ast.walk(function("main")) if isinstance(node, ast.For)]
+    loop = max(loops, key=length)
     assert loop.body[-1].end_lineno - loop.lineno <= 40
 
 
