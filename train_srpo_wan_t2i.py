@@ -182,21 +182,10 @@ def make_generator(*key):
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
+# The method's settings, each what the flag of its name says.
 SETTINGS = """seed noise num_inference_steps shift train_timestep timestep_length groundtruth_ratio loss drift_weight
     branches discount_pos discount_inv positive_words negative_words reward_margin loss_weight_shift max_grad_norm"""
-
-
-class Recipe(namedtuple("Recipe", SETTINGS)):
-    """The method's settings, each what the flag of its name says; see [`parse_args`]."""
-
-    @property
-    def train_sigmas(self):
-        return make_train_sigmas(self.num_inference_steps, self.shift, self.train_timestep, self.timestep_length)
-
-
-def settings_of(kind, flags):
-    """A named tuple whose fields are flags, from a dict of all flags."""
-    return kind(**{name: flags[name] for name in kind._fields})
+Recipe = namedtuple("Recipe", SETTINGS)
 
 
 class Branch(NamedTuple):
@@ -229,7 +218,8 @@ def plan_update(recipe, step, samples):
     """The [`Plan`] of update number `step` for the samples with these numbers in the run: a pure function. Each sample
     has a noise level of its own, as each process has one in the published code. Control words change by step."""
     length, positions = recipe.timestep_length, draw_positions(recipe, step, samples)
-    levels = [branch_sigmas(recipe.train_sigmas, position, recipe.groundtruth_ratio) for position in positions]
+    grid = make_train_sigmas(recipe.num_inference_steps, recipe.shift, recipe.train_timestep, recipe.timestep_length)
+    levels = [branch_sigmas(grid, position, recipe.groundtruth_ratio) for position in positions]
     branches = []
     for index, (name, ends) in enumerate((("denoise", recipe.discount_pos), ("inversion", recipe.discount_inv))):
         if recipe.branches in ("both", name):
@@ -656,8 +646,7 @@ def weight_files(source, subfolder, stem, layer=None):
 
 
 def weights_fingerprint(source, subfolder, stem, layer):
-    """Identifies a model by the weights of one `layer`, wherever they lie. Only that tensor is read. See
-    [`weight_files`] and [`fingerprint`]."""
+    """The [`fingerprint`] of one `layer` of a model, wherever it lies; see [`weight_files`]."""
     (file,) = weight_files(source, subfolder, stem, layer)
     with safe_open(file, framework="pt") as weights:
         return fingerprint(weights.get_tensor(layer))
@@ -910,8 +899,7 @@ def written(path, size=1e6):
     path.parent.mkdir(parents=True, exist_ok=True)
     discard(new := path.with_name(f"{path.name}.unfinished"))
     free = shutil.disk_usage(path.parent).free
-    full = f"error: the disk is full: `{path}` takes {size / 1e9:.3g} GB, and {free / 1e9:.3g} GB were free. What was "
-    full += "saved before is whole. Make room and continue."
+    full = f"error: the disk is full: `{path}` takes {size / 1e9:.3g} GB, and {free / 1e9:.3g} GB were free"
     if free < size:
         raise SystemExit(full)
     try:
@@ -957,7 +945,7 @@ def begin_output(run):
     old = [path for pattern in RUN_FILES for path in run.output_dir.glob(pattern)] + list_checkpoints(run.output_dir)
     for path in old if run.flags["overwrite_output_dir"] else ():
         discard(path)
-        with suppress(OSError):  # ends at a folder that is not empty, such as that of the marker
+        with suppress(OSError):  # stops at a folder that is not empty
             os.removedirs(path.parent)
     (run.output_dir / MARKER).write_text(json.dumps(run.identity, indent=1))  # in place, since it is locked
     handler = logging.FileHandler(run.output_dir / "train.log")
@@ -1354,8 +1342,7 @@ def parse_args(input_args=None):
 
 @contextmanager
 def input_error(cause):
-    """Turns whatever a library says of unreadable input into a `ValueError` of one line that begins with `cause`, and
-    without its middle if names or values in it are very long."""
+    """Turns whatever is said of bad input into a `ValueError` of one line, not too long, that begins with `cause`."""
     try:
         yield
     except Exception as error:
@@ -1540,8 +1527,7 @@ def check_output_dir(output, resume_from, overwrite, inputs):
         path = Path(path or os.devnull).resolve()
         if os.path.exists(path) and output.resolve() in (path, *path.parents):
             raise ValueError(f"`--{name} {path}` lies in {flag}. Choose another folder to write to.")
-    is_whole_name = Path(resume_from or "").suffix != ".unfinished"
-    if is_named and not (is_whole_name and os.path.isfile(Path(resume_from, STATE_FILE))):
+    if is_named and (resume_from.endswith(".unfinished") or not os.path.isfile(Path(resume_from, STATE_FILE))):
         advice = f"`output_dir` has {', '.join(map(str, saved)) or 'none'}"
         raise ValueError(f"`--resume_from_checkpoint {resume_from}` is not a complete checkpoint; {advice}.")
     if found and MARKER not in found:
@@ -1704,19 +1690,19 @@ def make_optimizer(args, parameters):
     if args.optimizer == "adamw_8bit":
         # An update of 5e-6 is less than half a bf16 unit of most weights: rounded to the nearest, it would be lost.
         optimizer = partial(torchao_optim.AdamW8bit, bf16_stochastic_round=True)
-    betas = (args.adam_beta1, args.adam_beta2)
-    return optimizer(parameters, args.learning_rate, betas, args.adam_epsilon, args.adam_weight_decay)
+    adam = (args.adam_beta1, args.adam_beta2), args.adam_epsilon, args.adam_weight_decay
+    return optimizer(parameters, args.learning_rate, *adam)
 
 
 def make_validation(args, dataset, collate, model):
     """The [`Validation`] of the flags, or `None` if nothing is to be painted. It needs no text encoder."""
+    train = dataset["train"]["caption"]
     rows = {row["caption"]: row for row in dataset.get("validation", ())}
-    captions = list(rows) or list(dict.fromkeys(dataset["train"]["caption"]))[:4]
+    captions = list(rows) or list(dict.fromkeys(train))[:4]
     captions = captions if args.validation_prompts is None else args.validation_prompts
     if not captions:
         return None
-    numbers = {caption: index for index, caption in enumerate(dataset["train"]["caption"])}
-    rows = [rows.get(caption) or dataset["train"][numbers[caption]] for caption in captions]
+    rows = [rows.get(caption) or dataset["train"][list(train).index(caption)] for caption in captions]
     scheduler = diffusers.UniPCMultistepScheduler.from_pretrained(**model.source, subfolder="scheduler")
     solver = Solver(scheduler, args.num_inference_steps, args.validation_guidance_scale)
     shape, folder = model.latent_shape(args.validation_size, args.validation_size), Path(args.output_dir, "images")
@@ -1732,12 +1718,12 @@ def skip_update(accelerator, recipe, rollouts, run, state):
         branches = plan_update(recipe, state.step - 1, rollout.samples).branches
         levels = {each.name: [each.sigma_from.tolist(), each.sigma_to.tolist()] for each in branches}
         rows.append(json.dumps({"step": state.step, "captions": rollout.captions, **levels}) + "\n")
-    rows, problem = gather_object(rows), f"update {state.step} is skipped: its loss or gradient is NaN or infinite"
+    lines, problem = "".join(gather_object(rows)), f"update {state.step} is skipped: loss or gradient is not finite"
     logger.warning(f"{problem}. See {file}.")
-    logger.debug("".join(rows))
+    logger.debug(lines)
     if accelerator.is_main_process:
         with file.open("a") as stream:
-            stream.writelines(rows)
+            stream.write(lines)
     if state.skipped >= run.flags["max_skipped_updates"]:
         last = (list_checkpoints(run.output_dir) or ["the base model"])[-1]
         raise SystemExit(f"error: {problem}. See {file}, and `--max_skipped_updates`. The last good state is {last}.")
@@ -1788,7 +1774,8 @@ def main(args):
             collate = partial(collate_fn, max_sequence_length=args.max_sequence_length, dtype=dtypes[1])
             negative = collate([dataset["negative"][0]])["prompt_embeds"].to(device)
             models = load_models(accelerator, args, model, dtypes, negative)
-        recipe, validation = settings_of(Recipe, vars(args)), make_validation(args, dataset, collate, model)
+        recipe = Recipe(**{name: vars(args)[name] for name in Recipe._fields})
+        validation = make_validation(args, dataset, collate, model)
         partition_weights(accelerator, models.transformer, dtypes[0])
         optimizer = make_optimizer(args, models.transformer.parameters())
         transformer, optimizer = accelerator.prepare(models.transformer, optimizer)
@@ -1825,9 +1812,8 @@ def main(args):
         rows = dataset["train"].select_columns(columns).with_format("numpy")
         batches = load_batches(sampler, rows, collate, device, args.dataloader_num_workers)
         held.callback(batches.close)  # ends the processes that load data, which ignore all signals
-        samples_per_update, sigmas = sampler.batch_size * accelerator.num_processes * accumulation, recipe.train_sigmas
-        window = f"noise levels {sigmas[0]:.3f} to {sigmas[-1]:.3f}"
-        logger.info(f"Training on {samples_per_update} of {len(rows)} captions in an update, on {window}")
+        samples_per_update = args.train_batch_size * accelerator.num_processes * accumulation
+        logger.info(f"Training to update {args.max_train_steps}, each on {samples_per_update} of {len(rows)} captions")
         progress_bar = tqdm(total=args.max_train_steps, initial=state.step, desc="Steps")
         signals.append(0)  # from now on a signal lets the update at hand be finished and saved
 
