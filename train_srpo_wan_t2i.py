@@ -9,9 +9,9 @@ Preference Optimization (https://arxiv.org/abs/2509.06942). Captions come from `
         --pretrained_model_name_or_path Wan-AI/Wan2.2-T2V-A14B-Diffusers --dataset_name prompt_embeds \
         --reward_model HPS --reward_model_path HPS_v2.1_compressed.pt --output_dir outputs/srpo
 
-This file follows one update: plan it (`plan_update`), paint images without gradient (`make_rollouts`), put known noise
-back in and take one graded step (`direct_align_step`), decode it (`decode_latents`), score it with a preference model
-relative to a positive and a negative control word (`srp_score`), and back-propagate (`graded_pass`, `update`).
+This file follows an update: plan it (`plan_update`), paint images without gradient (`make_rollouts`), put known noise
+back in and take a graded step (`direct_align_step`), decode (`decode_latents`), score relative to a positive and a
+negative control word (`srp_score`), and back-propagate (`graded_pass`, `update`).
 
 Departures from the published code for FLUX (https://github.com/Tencent-Hunyuan/SRPO): both branches are one batch;
 `--gradient_accumulation_steps` counts rollouts, not branches; rollouts use classifier-free guidance, as Wan has none
@@ -768,17 +768,9 @@ class RunState:
     uploads: list = field(default_factory=list)  # those that go on in the background
 
 
-class Validation(NamedTuple):
-    """What to paint, and how."""
-
-    captions: list[str]
-    prompt_embeds: torch.Tensor  # (N, L, D)
-    solver: Solver
-    shape: tuple[int, int, int, int]  # of the latents of an image, (C, T, H, W)
-    batch_size: int  # of each process
-    folder: Path  # where the images go
-    every: int  # updates between two validations
-    last: int  # the number of the last update
+# What to paint: N captions, their (N, L, D) embeddings, the [`Solver`], the (C, T, H, W) of latents, how
+# many at once on a process, the folder they go to, the updates between two validations, the last update.
+Validation = namedtuple("Validation", "captions prompt_embeds solver shape batch_size folder every last")
 
 
 @torch.no_grad()
@@ -811,8 +803,7 @@ def validate(accelerator, models, recipe, validation, state):
     due = validation is not None and (state.step % validation.every == 0 or state.step == validation.last)
     if not due or any(row["step"] == state.step and "validation_reward" in row for row in state.history):
         return
-    painted = gather_object(paint_validation(accelerator, models, recipe, validation))
-    painted = {index: result for index, *result in painted}
+    painted = {index: row for index, *row in gather_object(paint_validation(accelerator, models, recipe, validation))}
     images, rewards, relative = zip(*(painted[index] for index in sorted(painted)), strict=True)
     means = {"validation_reward": np.mean(rewards).item(), "validation_relative": np.mean(relative).item()}
     if accelerator.is_main_process:
@@ -870,16 +861,9 @@ def save_reward_curve(history, output):
 
 
 # ---- 10. What a run leaves behind: checkpoints, the model, its card. ------------------------------------------------
-class Run(NamedTuple):
-    """What a run is, and where its results go."""
-
-    output_dir: Path
-    flags: dict  # all of them, as the model card lists them
-    expert: str  # the subfolder of the transformer
-    dtype: torch.dtype  # of the saved weights
-    identity: dict  # what decides the result, and what a checkpoint and the run that continues it share
-    checkpoint_size: int  # in bytes, about
-    repo_id: str  # on the Hub
+# What a run is: its folder, all flags, the subfolder of the transformer, the type of saved weights, what decides the
+# result (a checkpoint and the run that continues it share it), the bytes of a checkpoint, the repository on the Hub.
+Run = namedtuple("Run", "output_dir flags expert dtype identity checkpoint_size repo_id")
 
 
 def discard(path):
@@ -1159,12 +1143,11 @@ def start_upload(run, step):
         (os.link if source.endswith(".safetensors") else shutil.copy2)(source, target)
 
     def upload():
-        hub = {"repo_id": run.repo_id, "revision": f"step-{step}" if apart else None}
-        content = {"folder_path": frozen, "commit_message": f"After {step} updates"}
+        hub, message = {"repo_id": run.repo_id, "revision": f"step-{step}" if apart else None}, f"After {step} updates"
         try:
             if apart:
                 with_retries(lambda: huggingface_hub.create_branch(run.repo_id, branch=hub["revision"], exist_ok=True))
-            with_retries(lambda: huggingface_hub.upload_folder(**hub, **content))
+            with_retries(partial(huggingface_hub.upload_folder, **hub, folder_path=frozen, commit_message=message))
         except Exception as error:  # whatever it was, the run goes on and its files are safe
             exclude = [word for pattern in (*ignored, f"{logs}/*") for word in ("--exclude", pattern)]
             command = shlex.join(["hf", "upload", run.repo_id, str(run.output_dir), ".", *exclude])
@@ -1193,7 +1176,7 @@ def number(kind=float, at_least=-math.inf, above=-math.inf, below=2**63):
             raise argparse.ArgumentTypeError(f"must be {words or 'finite'}, but is {value}")
         return value
 
-    convert.__name__ = "whole number" if kind is int else "number"  # in argparse's "invalid ... value"
+    convert.__name__ = kind.__name__  # in argparse's "invalid ... value"
     return convert
 
 
@@ -1203,7 +1186,6 @@ def parse_args(input_args=None):
     count, positive, guidance = number(int, at_least=1), number(above=0), number(at_least=1)
     from_0, share, index = number(at_least=0), number(at_least=0, below=1), number(int, at_least=0)
     grid, ratio, extra = number(int, at_least=2 * POSITION_MARGIN), number(above=0, below=1), number(above=-1)
-    # fmt: off
     add = parser.add_argument_group("model and data").add_argument
     add("--pretrained_model_name_or_path", required=True, help="Path to pretrained model or model identifier.")
     add("--revision", help="Revision of pretrained model identifier from huggingface.co/models.")
@@ -1293,7 +1275,6 @@ def parse_args(input_args=None):
     add("--hub_private_repo", action="store_true", help="Whether to create the repository as private.")
     strategies = {"choices": ["end", "checkpoint", "branch"], "default": "end"}
     add("--hub_strategy", **strategies, help="Push at the end, or at checkpoints too, or those to branches `step-N`.")
-    # fmt: on
     args, unknown = parser.parse_known_args(input_args)
     if unknown:  # without their values, since one may be a token
         names = " ".join(word.split("=")[0] for word in unknown if word.startswith("-")) or "a value without a flag"
@@ -1407,10 +1388,9 @@ def check_flags_for_model(args, model):
     steps, (first, last), boundary = args.num_inference_steps, args.train_timestep, model.boundary_ratio
     schedule = shift_sigmas(torch.linspace(1, 0, steps + 1), args.shift)
     if boundary is not None and schedule[first] > boundary + 1e-6:
-        lowest, window = int((schedule > boundary + 1e-6).sum()), f"`--train_timestep {first} {last}`"
-        problem = f"{window} starts at sigma {schedule[first]:.3f}, above the boundary {boundary} of the expert"
-        advice = f"largest valid window of this schedule is `--train_timestep {lowest} {steps}`"
-        raise ValueError(f"{problem}, which sees no such noise. The {advice}.")
+        problem = f"`--train_timestep {first} {last}` starts at sigma {schedule[first]:.3f}, above {boundary}"
+        largest = f"`--train_timestep {int((schedule > boundary + 1e-6).sum())} {steps}`"
+        raise ValueError(f"{problem}, the boundary of this expert. The largest valid window is {largest}.")
     if args.rollout_start == "boundary" and boundary is None:
         raise ValueError("`--rollout_start boundary` needs a model of two experts; this one has no boundary.")
     scale, (_, *patch) = model.vae.config.scale_factor_spatial, model.transformer.config.patch_size
@@ -1460,8 +1440,7 @@ def check_dataset(args, model):
     captions = {caption for rows in dataset.values() for caption in rows["caption"]}
     for prompt in args.validation_prompts or ():
         if prompt not in captions:
-            advice = "Give it to `embed_prompts.py --validation_prompts`"
-            raise ValueError(f"`--validation_prompts`: {name} has no embedding of {prompt!r}. {advice}.")
+            raise ValueError(f"`--validation_prompts`: {name} has no {prompt!r}. Embed it with embed_prompts.py.")
     if args.rollout_start == "boundary":
         rows, wanted = dataset["train"], {**vars(args), "rollout_shift": args.rollout_shift or model.flow_shift}
         lacking = {*BOUNDARY_COLUMNS, "boundary_settings"} - set(rows.column_names)
@@ -1483,8 +1462,7 @@ def check_reward(args):
             path = args.reward_model_path or huggingface_hub.hf_hub_download(HPS_REPOSITORY, HPS_FILE)
         args.reward_model_path, flag = path, f"`--reward_model_path {path}`"
         if not Path(path).is_file():
-            download = f"hf download {HPS_REPOSITORY} {HPS_FILE} --local-dir ."
-            raise ValueError(f"{flag} is not a file. Download it with `{download}`.")
+            raise ValueError(f"{flag} is not a file. Run `hf download {HPS_REPOSITORY} {HPS_FILE} --local-dir .`")
         with input_error(f"{flag} is not a checkpoint with a `state_dict`"):
             weights = HPSReward.read_weights(path)
             shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
@@ -1528,8 +1506,8 @@ def check_output_dir(output, resume_from, overwrite, inputs):
         if os.path.exists(path) and output.resolve() in (path, *path.parents):
             raise ValueError(f"`--{name} {path}` lies in {flag}. Choose another folder to write to.")
     if is_named and (resume_from.endswith(".unfinished") or not os.path.isfile(Path(resume_from, STATE_FILE))):
-        advice = f"`output_dir` has {', '.join(map(str, saved)) or 'none'}"
-        raise ValueError(f"`--resume_from_checkpoint {resume_from}` is not a complete checkpoint; {advice}.")
+        has = f"`output_dir` has {', '.join(map(str, saved)) or 'none'}"
+        raise ValueError(f"`--resume_from_checkpoint {resume_from}` is not a complete checkpoint; {has}.")
     if found and MARKER not in found:
         raise ValueError(f"{flag} is not empty, and not the folder of a run. Choose another.")
     if resume_from == "latest" and not saved and found & {*EXPERTS, LORA_FILE}:
@@ -1542,8 +1520,7 @@ def check_output_dir(output, resume_from, overwrite, inputs):
 def check_deepspeed(args, config, num_processes):
     """Refuses a DeepSpeed file that contradicts the flags, and flags that DeepSpeed cannot follow."""
     if args.optimizer == "adamw_8bit" or args.base_weights == "fp8":
-        flags = "`--optimizer adamw_8bit` and `--base_weights fp8` need a configuration without DeepSpeed"
-        raise ValueError(f"{flags}, which joins all weights and casts them alike.")
+        raise ValueError("`--optimizer adamw_8bit` and `--base_weights fp8` need a configuration without DeepSpeed.")
     if args.compile and config["zero_optimization"]["stage"] == 3:
         raise ValueError("`--compile` needs whole weights; under ZeRO-3 they come and go while a block runs.")
     if section := {"optimizer", "scheduler"} & config.keys():
@@ -1636,8 +1613,8 @@ def remember_signal(received, speaks, number, _frame):
     """What a signal does. Before the first update, when `received` is empty, it ends the run; later the update at hand
     is finished and saved first, except that a second Ctrl-C ends the run at once, as if it were killed."""
     again = number == signal.SIGINT in received
-    what = "the update at hand will be finished and saved; Ctrl-C again ends at once"
-    message = f"\n{signal.Signals(number).name}: {'the run has ended' if again or not received else what}.\n"
+    what = "the run ends" if again or not received else "this update will be finished and saved; Ctrl-C again ends now"
+    message = f"\n{signal.Signals(number).name}: {what}.\n"
     if speaks:
         os.write(sys.stderr.fileno(), message.encode())  # a handler must not print
     if again or not received:
@@ -1755,8 +1732,8 @@ def main(args):
     with ExitStack() as held:
         # 1. Refuse what cannot succeed before any model is loaded, and hold the output folder until the end.
         with one_line_errors():
-            inputs, resume_from = {name: vars(args)[name] for name in PATH_FLAGS}, args.resume_from_checkpoint
-            check_output_dir(Path(args.output_dir), resume_from, args.overwrite_output_dir, inputs)
+            inputs = {name: vars(args)[name] for name in PATH_FLAGS}
+            check_output_dir(Path(args.output_dir), args.resume_from_checkpoint, args.overwrite_output_dir, inputs)
             model = read_model_info(args)
             check_flags_for_model(args, model)
             dataset = check_dataset(args, model)
@@ -1790,7 +1767,6 @@ def main(args):
             begin_output(run)
         accelerator.wait_for_everyone()
         accelerator.init_trackers(TRACKER_NAME, config={name: str(value) for name, value in vars(args).items()})
-
         # 3. Paint what the base model paints, and go on where a checkpoint stands.
         if checkpoint is not None:
             if validation is not None and not (validation.folder / "step-0" / "scores.json").is_file():
@@ -1816,7 +1792,6 @@ def main(args):
         logger.info(f"Training to update {args.max_train_steps}, each on {samples_per_update} of {len(rows)} captions")
         progress_bar = tqdm(total=args.max_train_steps, initial=state.step, desc="Steps")
         signals.append(0)  # from now on a signal lets the update at hand be finished and saved
-
         for step in range(state.step, args.max_train_steps):
             started = time.perf_counter()
             group, reuse = divmod(step, reuses)
