@@ -9,9 +9,9 @@ Preference Optimization (https://arxiv.org/abs/2509.06942). Captions come from `
         --pretrained_model_name_or_path Wan-AI/Wan2.2-T2V-A14B-Diffusers --dataset_name prompt_embeds \
         --reward_model HPS --reward_model_path HPS_v2.1_compressed.pt --output_dir outputs/srpo
 
-This file follows one update: plan it (`plan_update`), paint images without gradient (`make_rollouts`), put known noise
-back in and take one graded step (`direct_align_step`), decode it (`decode_latents`), score it with a preference model
-relative to a positive and a negative control word (`srp_score`), and back-propagate (`graded_pass`, `update`).
+This file follows an update: plan it (`plan_update`), paint images without gradient (`make_rollouts`), put known noise
+back in and take a graded step (`direct_align_step`), decode (`decode_latents`), score relative to a positive and a
+negative control word (`srp_score`), and back-propagate (`graded_pass`, `update`).
 
 Departures from the published code for FLUX (https://github.com/Tencent-Hunyuan/SRPO): both branches are one batch;
 `--gradient_accumulation_steps` counts rollouts, not branches; rollouts use classifier-free guidance, as Wan has none
@@ -182,21 +182,10 @@ def make_generator(*key):
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
+# The method's settings, each what the flag of its name says.
 SETTINGS = """seed noise num_inference_steps shift train_timestep timestep_length groundtruth_ratio loss drift_weight
     branches discount_pos discount_inv positive_words negative_words reward_margin loss_weight_shift max_grad_norm"""
-
-
-class Recipe(namedtuple("Recipe", SETTINGS)):
-    """The method's settings, each what the flag of its name says; see [`parse_args`]."""
-
-    @property
-    def train_sigmas(self):
-        return make_train_sigmas(self.num_inference_steps, self.shift, self.train_timestep, self.timestep_length)
-
-
-def settings_of(kind, flags):
-    """A named tuple whose fields are flags, from a dict of all flags."""
-    return kind(**{name: flags[name] for name in kind._fields})
+Recipe = namedtuple("Recipe", SETTINGS)
 
 
 class Branch(NamedTuple):
@@ -229,7 +218,8 @@ def plan_update(recipe, step, samples):
     """The [`Plan`] of update number `step` for the samples with these numbers in the run: a pure function. Each sample
     has a noise level of its own, as each process has one in the published code. Control words change by step."""
     length, positions = recipe.timestep_length, draw_positions(recipe, step, samples)
-    levels = [branch_sigmas(recipe.train_sigmas, position, recipe.groundtruth_ratio) for position in positions]
+    grid = make_train_sigmas(recipe.num_inference_steps, recipe.shift, recipe.train_timestep, recipe.timestep_length)
+    levels = [branch_sigmas(grid, position, recipe.groundtruth_ratio) for position in positions]
     branches = []
     for index, (name, ends) in enumerate((("denoise", recipe.discount_pos), ("inversion", recipe.discount_inv))):
         if recipe.branches in ("both", name):
@@ -656,8 +646,7 @@ def weight_files(source, subfolder, stem, layer=None):
 
 
 def weights_fingerprint(source, subfolder, stem, layer):
-    """Identifies a model by the weights of one `layer`, wherever they lie. Only that tensor is read. See
-    [`weight_files`] and [`fingerprint`]."""
+    """The [`fingerprint`] of one `layer` of a model, wherever it lies; see [`weight_files`]."""
     (file,) = weight_files(source, subfolder, stem, layer)
     with safe_open(file, framework="pt") as weights:
         return fingerprint(weights.get_tensor(layer))
@@ -779,17 +768,9 @@ class RunState:
     uploads: list = field(default_factory=list)  # those that go on in the background
 
 
-class Validation(NamedTuple):
-    """What to paint, and how."""
-
-    captions: list[str]
-    prompt_embeds: torch.Tensor  # (N, L, D)
-    solver: Solver
-    shape: tuple[int, int, int, int]  # of the latents of an image, (C, T, H, W)
-    batch_size: int  # of each process
-    folder: Path  # where the images go
-    every: int  # updates between two validations
-    last: int  # the number of the last update
+# What to paint: N captions, their (N, L, D) embeddings, the [`Solver`], the (C, T, H, W) of latents, how
+# many at once on a process, the folder they go to, the updates between two validations, the last update.
+Validation = namedtuple("Validation", "captions prompt_embeds solver shape batch_size folder every last")
 
 
 @torch.no_grad()
@@ -822,8 +803,7 @@ def validate(accelerator, models, recipe, validation, state):
     due = validation is not None and (state.step % validation.every == 0 or state.step == validation.last)
     if not due or any(row["step"] == state.step and "validation_reward" in row for row in state.history):
         return
-    painted = gather_object(paint_validation(accelerator, models, recipe, validation))
-    painted = {index: result for index, *result in painted}
+    painted = {index: row for index, *row in gather_object(paint_validation(accelerator, models, recipe, validation))}
     images, rewards, relative = zip(*(painted[index] for index in sorted(painted)), strict=True)
     means = {"validation_reward": np.mean(rewards).item(), "validation_relative": np.mean(relative).item()}
     if accelerator.is_main_process:
@@ -881,16 +861,9 @@ def save_reward_curve(history, output):
 
 
 # ---- 10. What a run leaves behind: checkpoints, the model, its card. ------------------------------------------------
-class Run(NamedTuple):
-    """What a run is, and where its results go."""
-
-    output_dir: Path
-    flags: dict  # all of them, as the model card lists them
-    expert: str  # the subfolder of the transformer
-    dtype: torch.dtype  # of the saved weights
-    identity: dict  # what decides the result, and what a checkpoint and the run that continues it share
-    checkpoint_size: int  # in bytes, about
-    repo_id: str  # on the Hub
+# What a run is: its folder, all flags, the subfolder of the transformer, the type of saved weights, what decides the
+# result (a checkpoint and the run that continues it share it), the bytes of a checkpoint, the repository on the Hub.
+Run = namedtuple("Run", "output_dir flags expert dtype identity checkpoint_size repo_id")
 
 
 def discard(path):
@@ -910,8 +883,7 @@ def written(path, size=1e6):
     path.parent.mkdir(parents=True, exist_ok=True)
     discard(new := path.with_name(f"{path.name}.unfinished"))
     free = shutil.disk_usage(path.parent).free
-    full = f"error: the disk is full: `{path}` takes {size / 1e9:.3g} GB, and {free / 1e9:.3g} GB were free. What was "
-    full += "saved before is whole. Make room and continue."
+    full = f"error: the disk is full: `{path}` takes {size / 1e9:.3g} GB, and {free / 1e9:.3g} GB were free"
     if free < size:
         raise SystemExit(full)
     try:
@@ -957,7 +929,7 @@ def begin_output(run):
     old = [path for pattern in RUN_FILES for path in run.output_dir.glob(pattern)] + list_checkpoints(run.output_dir)
     for path in old if run.flags["overwrite_output_dir"] else ():
         discard(path)
-        with suppress(OSError):  # ends at a folder that is not empty, such as that of the marker
+        with suppress(OSError):  # stops at a folder that is not empty
             os.removedirs(path.parent)
     (run.output_dir / MARKER).write_text(json.dumps(run.identity, indent=1))  # in place, since it is locked
     handler = logging.FileHandler(run.output_dir / "train.log")
@@ -1171,12 +1143,11 @@ def start_upload(run, step):
         (os.link if source.endswith(".safetensors") else shutil.copy2)(source, target)
 
     def upload():
-        hub = {"repo_id": run.repo_id, "revision": f"step-{step}" if apart else None}
-        content = {"folder_path": frozen, "commit_message": f"After {step} updates"}
+        hub, message = {"repo_id": run.repo_id, "revision": f"step-{step}" if apart else None}, f"After {step} updates"
         try:
             if apart:
                 with_retries(lambda: huggingface_hub.create_branch(run.repo_id, branch=hub["revision"], exist_ok=True))
-            with_retries(lambda: huggingface_hub.upload_folder(**hub, **content))
+            with_retries(partial(huggingface_hub.upload_folder, **hub, folder_path=frozen, commit_message=message))
         except Exception as error:  # whatever it was, the run goes on and its files are safe
             exclude = [word for pattern in (*ignored, f"{logs}/*") for word in ("--exclude", pattern)]
             command = shlex.join(["hf", "upload", run.repo_id, str(run.output_dir), ".", *exclude])
@@ -1205,7 +1176,7 @@ def number(kind=float, at_least=-math.inf, above=-math.inf, below=2**63):
             raise argparse.ArgumentTypeError(f"must be {words or 'finite'}, but is {value}")
         return value
 
-    convert.__name__ = "whole number" if kind is int else "number"  # in argparse's "invalid ... value"
+    convert.__name__ = kind.__name__  # in argparse's "invalid ... value"
     return convert
 
 
@@ -1215,7 +1186,6 @@ def parse_args(input_args=None):
     count, positive, guidance = number(int, at_least=1), number(above=0), number(at_least=1)
     from_0, share, index = number(at_least=0), number(at_least=0, below=1), number(int, at_least=0)
     grid, ratio, extra = number(int, at_least=2 * POSITION_MARGIN), number(above=0, below=1), number(above=-1)
-    # fmt: off
     add = parser.add_argument_group("model and data").add_argument
     add("--pretrained_model_name_or_path", required=True, help="Path to pretrained model or model identifier.")
     add("--revision", help="Revision of pretrained model identifier from huggingface.co/models.")
@@ -1305,7 +1275,6 @@ def parse_args(input_args=None):
     add("--hub_private_repo", action="store_true", help="Whether to create the repository as private.")
     strategies = {"choices": ["end", "checkpoint", "branch"], "default": "end"}
     add("--hub_strategy", **strategies, help="Push at the end, or at checkpoints too, or those to branches `step-N`.")
-    # fmt: on
     args, unknown = parser.parse_known_args(input_args)
     if unknown:  # without their values, since one may be a token
         names = " ".join(word.split("=")[0] for word in unknown if word.startswith("-")) or "a value without a flag"
@@ -1354,8 +1323,7 @@ def parse_args(input_args=None):
 
 @contextmanager
 def input_error(cause):
-    """Turns whatever a library says of unreadable input into a `ValueError` of one line that begins with `cause`, and
-    without its middle if names or values in it are very long."""
+    """Turns whatever is said of bad input into a `ValueError` of one line, not too long, that begins with `cause`."""
     try:
         yield
     except Exception as error:
@@ -1420,10 +1388,9 @@ def check_flags_for_model(args, model):
     steps, (first, last), boundary = args.num_inference_steps, args.train_timestep, model.boundary_ratio
     schedule = shift_sigmas(torch.linspace(1, 0, steps + 1), args.shift)
     if boundary is not None and schedule[first] > boundary + 1e-6:
-        lowest, window = int((schedule > boundary + 1e-6).sum()), f"`--train_timestep {first} {last}`"
-        problem = f"{window} starts at sigma {schedule[first]:.3f}, above the boundary {boundary} of the expert"
-        advice = f"largest valid window of this schedule is `--train_timestep {lowest} {steps}`"
-        raise ValueError(f"{problem}, which sees no such noise. The {advice}.")
+        problem = f"`--train_timestep {first} {last}` starts at sigma {schedule[first]:.3f}, above {boundary}"
+        largest = f"`--train_timestep {int((schedule > boundary + 1e-6).sum())} {steps}`"
+        raise ValueError(f"{problem}, the boundary of this expert. The largest valid window is {largest}.")
     if args.rollout_start == "boundary" and boundary is None:
         raise ValueError("`--rollout_start boundary` needs a model of two experts; this one has no boundary.")
     scale, (_, *patch) = model.vae.config.scale_factor_spatial, model.transformer.config.patch_size
@@ -1473,8 +1440,7 @@ def check_dataset(args, model):
     captions = {caption for rows in dataset.values() for caption in rows["caption"]}
     for prompt in args.validation_prompts or ():
         if prompt not in captions:
-            advice = "Give it to `embed_prompts.py --validation_prompts`"
-            raise ValueError(f"`--validation_prompts`: {name} has no embedding of {prompt!r}. {advice}.")
+            raise ValueError(f"`--validation_prompts`: {name} has no {prompt!r}. Embed it with embed_prompts.py.")
     if args.rollout_start == "boundary":
         rows, wanted = dataset["train"], {**vars(args), "rollout_shift": args.rollout_shift or model.flow_shift}
         lacking = {*BOUNDARY_COLUMNS, "boundary_settings"} - set(rows.column_names)
@@ -1496,8 +1462,7 @@ def check_reward(args):
             path = args.reward_model_path or huggingface_hub.hf_hub_download(HPS_REPOSITORY, HPS_FILE)
         args.reward_model_path, flag = path, f"`--reward_model_path {path}`"
         if not Path(path).is_file():
-            download = f"hf download {HPS_REPOSITORY} {HPS_FILE} --local-dir ."
-            raise ValueError(f"{flag} is not a file. Download it with `{download}`.")
+            raise ValueError(f"{flag} is not a file. Run `hf download {HPS_REPOSITORY} {HPS_FILE} --local-dir .`")
         with input_error(f"{flag} is not a checkpoint with a `state_dict`"):
             weights = HPSReward.read_weights(path)
             shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
@@ -1540,10 +1505,9 @@ def check_output_dir(output, resume_from, overwrite, inputs):
         path = Path(path or os.devnull).resolve()
         if os.path.exists(path) and output.resolve() in (path, *path.parents):
             raise ValueError(f"`--{name} {path}` lies in {flag}. Choose another folder to write to.")
-    is_whole_name = Path(resume_from or "").suffix != ".unfinished"
-    if is_named and not (is_whole_name and os.path.isfile(Path(resume_from, STATE_FILE))):
-        advice = f"`output_dir` has {', '.join(map(str, saved)) or 'none'}"
-        raise ValueError(f"`--resume_from_checkpoint {resume_from}` is not a complete checkpoint; {advice}.")
+    if is_named and (resume_from.endswith(".unfinished") or not os.path.isfile(Path(resume_from, STATE_FILE))):
+        has = f"`output_dir` has {', '.join(map(str, saved)) or 'none'}"
+        raise ValueError(f"`--resume_from_checkpoint {resume_from}` is not a complete checkpoint; {has}.")
     if found and MARKER not in found:
         raise ValueError(f"{flag} is not empty, and not the folder of a run. Choose another.")
     if resume_from == "latest" and not saved and found & {*EXPERTS, LORA_FILE}:
@@ -1556,8 +1520,7 @@ def check_output_dir(output, resume_from, overwrite, inputs):
 def check_deepspeed(args, config, num_processes):
     """Refuses a DeepSpeed file that contradicts the flags, and flags that DeepSpeed cannot follow."""
     if args.optimizer == "adamw_8bit" or args.base_weights == "fp8":
-        flags = "`--optimizer adamw_8bit` and `--base_weights fp8` need a configuration without DeepSpeed"
-        raise ValueError(f"{flags}, which joins all weights and casts them alike.")
+        raise ValueError("`--optimizer adamw_8bit` and `--base_weights fp8` need a configuration without DeepSpeed.")
     if args.compile and config["zero_optimization"]["stage"] == 3:
         raise ValueError("`--compile` needs whole weights; under ZeRO-3 they come and go while a block runs.")
     if section := {"optimizer", "scheduler"} & config.keys():
@@ -1650,8 +1613,8 @@ def remember_signal(received, speaks, number, _frame):
     """What a signal does. Before the first update, when `received` is empty, it ends the run; later the update at hand
     is finished and saved first, except that a second Ctrl-C ends the run at once, as if it were killed."""
     again = number == signal.SIGINT in received
-    what = "the update at hand will be finished and saved; Ctrl-C again ends at once"
-    message = f"\n{signal.Signals(number).name}: {'the run has ended' if again or not received else what}.\n"
+    what = "the run ends" if again or not received else "this update will be finished and saved; Ctrl-C again ends now"
+    message = f"\n{signal.Signals(number).name}: {what}.\n"
     if speaks:
         os.write(sys.stderr.fileno(), message.encode())  # a handler must not print
     if again or not received:
@@ -1704,19 +1667,19 @@ def make_optimizer(args, parameters):
     if args.optimizer == "adamw_8bit":
         # An update of 5e-6 is less than half a bf16 unit of most weights: rounded to the nearest, it would be lost.
         optimizer = partial(torchao_optim.AdamW8bit, bf16_stochastic_round=True)
-    betas = (args.adam_beta1, args.adam_beta2)
-    return optimizer(parameters, args.learning_rate, betas, args.adam_epsilon, args.adam_weight_decay)
+    adam = (args.adam_beta1, args.adam_beta2), args.adam_epsilon, args.adam_weight_decay
+    return optimizer(parameters, args.learning_rate, *adam)
 
 
 def make_validation(args, dataset, collate, model):
     """The [`Validation`] of the flags, or `None` if nothing is to be painted. It needs no text encoder."""
+    train = dataset["train"]["caption"]
     rows = {row["caption"]: row for row in dataset.get("validation", ())}
-    captions = list(rows) or list(dict.fromkeys(dataset["train"]["caption"]))[:4]
+    captions = list(rows) or list(dict.fromkeys(train))[:4]
     captions = captions if args.validation_prompts is None else args.validation_prompts
     if not captions:
         return None
-    numbers = {caption: index for index, caption in enumerate(dataset["train"]["caption"])}
-    rows = [rows.get(caption) or dataset["train"][numbers[caption]] for caption in captions]
+    rows = [rows.get(caption) or dataset["train"][list(train).index(caption)] for caption in captions]
     scheduler = diffusers.UniPCMultistepScheduler.from_pretrained(**model.source, subfolder="scheduler")
     solver = Solver(scheduler, args.num_inference_steps, args.validation_guidance_scale)
     shape, folder = model.latent_shape(args.validation_size, args.validation_size), Path(args.output_dir, "images")
@@ -1732,12 +1695,12 @@ def skip_update(accelerator, recipe, rollouts, run, state):
         branches = plan_update(recipe, state.step - 1, rollout.samples).branches
         levels = {each.name: [each.sigma_from.tolist(), each.sigma_to.tolist()] for each in branches}
         rows.append(json.dumps({"step": state.step, "captions": rollout.captions, **levels}) + "\n")
-    rows, problem = gather_object(rows), f"update {state.step} is skipped: its loss or gradient is NaN or infinite"
+    lines, problem = "".join(gather_object(rows)), f"update {state.step} is skipped: loss or gradient is not finite"
     logger.warning(f"{problem}. See {file}.")
-    logger.debug("".join(rows))
+    logger.debug(lines)
     if accelerator.is_main_process:
         with file.open("a") as stream:
-            stream.writelines(rows)
+            stream.write(lines)
     if state.skipped >= run.flags["max_skipped_updates"]:
         last = (list_checkpoints(run.output_dir) or ["the base model"])[-1]
         raise SystemExit(f"error: {problem}. See {file}, and `--max_skipped_updates`. The last good state is {last}.")
@@ -1769,8 +1732,8 @@ def main(args):
     with ExitStack() as held:
         # 1. Refuse what cannot succeed before any model is loaded, and hold the output folder until the end.
         with one_line_errors():
-            inputs, resume_from = {name: vars(args)[name] for name in PATH_FLAGS}, args.resume_from_checkpoint
-            check_output_dir(Path(args.output_dir), resume_from, args.overwrite_output_dir, inputs)
+            inputs = {name: vars(args)[name] for name in PATH_FLAGS}
+            check_output_dir(Path(args.output_dir), args.resume_from_checkpoint, args.overwrite_output_dir, inputs)
             model = read_model_info(args)
             check_flags_for_model(args, model)
             dataset = check_dataset(args, model)
@@ -1788,7 +1751,8 @@ def main(args):
             collate = partial(collate_fn, max_sequence_length=args.max_sequence_length, dtype=dtypes[1])
             negative = collate([dataset["negative"][0]])["prompt_embeds"].to(device)
             models = load_models(accelerator, args, model, dtypes, negative)
-        recipe, validation = settings_of(Recipe, vars(args)), make_validation(args, dataset, collate, model)
+        recipe = Recipe(**{name: vars(args)[name] for name in Recipe._fields})
+        validation = make_validation(args, dataset, collate, model)
         partition_weights(accelerator, models.transformer, dtypes[0])
         optimizer = make_optimizer(args, models.transformer.parameters())
         transformer, optimizer = accelerator.prepare(models.transformer, optimizer)
@@ -1803,7 +1767,6 @@ def main(args):
             begin_output(run)
         accelerator.wait_for_everyone()
         accelerator.init_trackers(TRACKER_NAME, config={name: str(value) for name, value in vars(args).items()})
-
         # 3. Paint what the base model paints, and go on where a checkpoint stands.
         if checkpoint is not None:
             if validation is not None and not (validation.folder / "step-0" / "scores.json").is_file():
@@ -1825,12 +1788,10 @@ def main(args):
         rows = dataset["train"].select_columns(columns).with_format("numpy")
         batches = load_batches(sampler, rows, collate, device, args.dataloader_num_workers)
         held.callback(batches.close)  # ends the processes that load data, which ignore all signals
-        samples_per_update, sigmas = sampler.batch_size * accelerator.num_processes * accumulation, recipe.train_sigmas
-        window = f"noise levels {sigmas[0]:.3f} to {sigmas[-1]:.3f}"
-        logger.info(f"Training on {samples_per_update} of {len(rows)} captions in an update, on {window}")
+        samples_per_update = args.train_batch_size * accelerator.num_processes * accumulation
+        logger.info(f"Training to update {args.max_train_steps}, each on {samples_per_update} of {len(rows)} captions")
         progress_bar = tqdm(total=args.max_train_steps, initial=state.step, desc="Steps")
         signals.append(0)  # from now on a signal lets the update at hand be finished and saved
-
         for step in range(state.step, args.max_train_steps):
             started = time.perf_counter()
             group, reuse = divmod(step, reuses)
