@@ -130,9 +130,9 @@ FLAGS = [
     ("--allow_changes", "`--allow_changes` needs `--resume_from_checkpoint`"),
     ("--hub_strategy checkpoint", "`--hub_strategy` needs `--push_to_hub`"),
     ("--hub_private_repo", "`--hub_private_repo` needs `--push_to_hub`"),
-    ("--logging_dir /elsewhere", "`--logging_dir /elsewhere` must be a name"),
-    ("--logging_dir ..", "`--logging_dir ..` must be a name"),
-    ("--logging_dir .", "`--logging_dir .` must be a name"),
+    ("--logging_dir /elsewhere", " ... --logging_dir ... must be "),
+    ("--logging_dir ..", " ... --logging_dir ... must be "),
+    ("--logging_dir .", " ... --logging_dir ... must be "),
     ("--report_to wandb", "`--report_to wandb` ... `pip install wandb`"),
     ("--report_to foo", "argument --report_to: invalid choice: 'foo'"),
     ("--optimizer sgd", "argument --optimizer: invalid choice: 'sgd'"),
@@ -807,73 +807,69 @@ def other_base(inputs):
 
 CAPTIONS_TURNED = splits(lambda old: {**old, "train": old["train"].select(range(5, -1, -1))})
 OTHER_REWARD = change(REWARD, "text_projection.weight", lambda old: old + 1)
-DAMAGED = "{checkpoint} is damaged ... SHA256SUMS"
+DAMAGED = "{checkpoint} is damaged"
 ODD = "`{checkpoint}/trainer_state.json` is damaged or of another version of this script"
 NAMED = "--resume_from_checkpoint {checkpoint}"
 INCOMPLETE = f"`{NAMED}` is not a complete checkpoint"
-OTHER_RUN, CHANGE, NEW = (
-    "{checkpoint} was made with another ",
-    "Use the same ... `--allow_changes`.",
-    "Use the same, or start a new run.",
-)
+OTHER_RUN, CHANGE, NEW = ("{checkpoint} ... another ... ", "`--allow_changes`", "start a new run")
 
 CHECKPOINTS = [
-    ("another seed", nothing, f"{LATEST} --seed 43", f"{OTHER_RUN}seed: 42, which is now 43. {CHANGE}"),
+    ("another seed", nothing, f"{LATEST} --seed 43", f"{OTHER_RUN}seed: 42, which is now 43 ... {CHANGE}"),
     (
         "other words",
         nothing,
         f"{LATEST} --positive_words Real",
-        f"{OTHER_RUN}positive_words: ['Natural-lighting', ... 'Real'], which is now ['Real']. {CHANGE}",
+        f"{OTHER_RUN}positive_words: ['Natural-lighting', ... 'Real'], which is now ['Real'] ... {CHANGE}",
     ),
-    ("another loss", nothing, f"{LATEST} --loss linear", f"{OTHER_RUN}loss: hinge, which is now linear. {CHANGE}"),
-    ("another size", nothing, f"{LATEST} --height 48", f"{OTHER_RUN}height: 32, which is now 48. {CHANGE}"),
+    ("another loss", nothing, f"{LATEST} --loss linear", f"{OTHER_RUN}loss: hinge, which is now linear ... {CHANGE}"),
+    ("another size", nothing, f"{LATEST} --height 48", f"{OTHER_RUN}height: 32, which is now 48 ... {CHANGE}"),
     (
         "another batch size",
         nothing,
         f"{LATEST} --train_batch_size 4",
-        f"{OTHER_RUN}train_batch_size: 1, which is now 4. {CHANGE}",
+        f"{OTHER_RUN}train_batch_size: 1, which is now 4 ... {CHANGE}",
     ),
     (
         "more accumulation",
         nothing,
         f"{LATEST} --gradient_accumulation_steps 2",
-        f"{OTHER_RUN}gradient_accumulation_steps: 1, which is now 2. {CHANGE}",
+        f"{OTHER_RUN}gradient_accumulation_steps: 1, which is now 2 ... {CHANGE}",
     ),
     (
         "another rate",
         nothing,
         f"{LATEST} --learning_rate 1e-5",
-        f"{OTHER_RUN}learning_rate: 0.001, which is now 1e-05. {CHANGE}",
+        f"{OTHER_RUN}learning_rate: 0.001, which is now 1e-05 ... {CHANGE}",
     ),
     (
         "another schedule",
         nothing,
         f"{LATEST} --lr_scheduler cosine",
-        f"{OTHER_RUN} ... lr_scheduler: constant, which is now cosine ... {CHANGE}",
+        f"{OTHER_RUN}lr_scheduler: constant, which is now cosine .. ... {CHANGE}",
     ),
     (
         "other betas",
         nothing,
         f"{LATEST} --adam_beta1 0.8 --adam_beta2 0.9",
-        f"{OTHER_RUN}adam_beta1: 0.9, which is now 0.8; adam_beta2: 0.999, which is now 0.9. {CHANGE}",
+        f"{OTHER_RUN}adam_beta1: 0.9, which is now 0.8; adam_beta2: 0.999, which is now 0.9 ... {CHANGE}",
     ),
     (
         "another epsilon and decay",
         nothing,
         f"{LATEST} --adam_epsilon 1e-6 --adam_weight_decay 0",
-        f"{OTHER_RUN} ... adam_weight_decay: 0.0001, which is now 0.0 ... {CHANGE}",
+        f"{OTHER_RUN}adam_weight_decay: 0.0001, which is now 0.0 .. ... {CHANGE}",
     ),
     (
         "rollouts used longer",
         nothing,
         f"{LATEST} --updates_per_rollout 2",
-        f"{OTHER_RUN}updates_per_rollout: 1, which is now 2. {CHANGE}",
+        f"{OTHER_RUN}updates_per_rollout: 1, which is now 2 ... {CHANGE}",
     ),
     (
         "other validation prompts",
         nothing,
         [*LATEST.split(), "--validation_prompts", "a boat"],
-        f"{OTHER_RUN}validation_prompts: [], which is now ['a boat']. {CHANGE}",
+        f"{OTHER_RUN}validation_prompts: [], which is now ['a boat'] ... {CHANGE}",
     ),
     ("another dataset", CAPTIONS_TURNED, f"{LATEST} {DATASET}", f"{OTHER_RUN}dataset: ... {CHANGE}"),
     ("another reward", OTHER_REWARD, f"{LATEST} {REWARD_FLAG}", f"{OTHER_RUN}reward: ... {CHANGE}"),
@@ -881,38 +877,38 @@ CHECKPOINTS = [
         "all differences",
         CAPTIONS_TURNED,
         f"{LATEST} {DATASET} --seed 43 --noise per_sample",
-        f"{OTHER_RUN}dataset: ... noise: shared, which is now per_sample; seed: 42, which is now 43. {CHANGE}",
+        f"{OTHER_RUN}dataset: ... noise: shared, which is now per_sample; seed: 42, which is now 43 ... {CHANGE}",
     ),
     ("another base model", other_base, f"{LATEST} --allow_changes {MODEL_FLAG}", f"{OTHER_RUN}base_model: ... {NEW}"),
     (
         "a LoRA",
         nothing,
         f"{LATEST} --allow_changes --lora_rank 4",
-        f"{OTHER_RUN}lora_rank: None, which is now 4; ... {NEW}",
+        f"{OTHER_RUN}lora_rank: None, which is now 4; .. ... {NEW}",
     ),
     (
         "another optimizer",
         nothing,
         f"{LATEST} --allow_changes --optimizer adamw_8bit",
-        f"{OTHER_RUN}optimizer: adamw, which is now adamw_8bit. {NEW}",
+        f"{OTHER_RUN}optimizer: adamw, which is now adamw_8bit ... {NEW}",
     ),
     (
         "more processes",
         run_was(num_processes=8),
         f"{LATEST} --allow_changes",
-        f"{OTHER_RUN}num_processes: 8, which is now 1. {NEW}",
+        f"{OTHER_RUN}num_processes: 8, which is now 1 ... {NEW}",
     ),
     (
         "another engine",
         run_was(engine="ZeRO-2"),
         f"{LATEST} --allow_changes",
-        f"{OTHER_RUN}engine: ZeRO-2, which is now without DeepSpeed. {NEW}",
+        f"{OTHER_RUN}engine: ZeRO-2, which is now without DeepSpeed ... {NEW}",
     ),
     (
         "another precision",
         run_was(mixed_precision="bf16"),
         f"{LATEST} --allow_changes",
-        f"{OTHER_RUN}mixed_precision: bf16, which is now no. {NEW}",
+        f"{OTHER_RUN}mixed_precision: bf16, which is now no ... {NEW}",
     ),
     (
         "in another folder",
@@ -956,12 +952,7 @@ CHECKPOINTS = [
     ("a step that is a number in words", state(global_step="2"), LATEST, ODD),
     ("an expert that is a path", state(expert="../../transformer_2"), LATEST, ODD),
     ("history of words", state(history=[{"step": 1, "loss": "low"}]), LATEST, ODD),
-    (
-        "beyond the last update",
-        nothing,
-        f"{LATEST} --max_train_steps 1",
-        "{checkpoint} is beyond `--max_train_steps 1`",
-    ),
+    ("beyond the last update", nothing, f"{LATEST} --max_train_steps 1", "{checkpoint} ... `--max_train_steps 1`"),
 ]
 
 

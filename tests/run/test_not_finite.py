@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -74,7 +75,7 @@ def test_captions_and_noise_levels_of_a_skipped_update_are_told(skipping_run, ma
     for branch in plan.branches:
         assert row[branch.name] == [branch.sigma_from.tolist(), branch.sigma_to.tolist()]
     log = read_log(skipping_run)
-    assert f"WARNING - train_srpo_wan_t2i - [RANK 0] update {row['step']} was skipped, because its loss or " in log
+    assert re.search(rf"WARNING - .* update {row['step']} .* NaN or infinite.*skipped.jsonl", log)
     assert json.dumps(row) in log
 
 
@@ -107,10 +108,9 @@ def test_after_max_skipped_updates_the_run_ends_and_names_the_last_good_state(
     assert len(rows) == number
     last = (rows[-1]["step"] - 1) // 2 * 2
     good = f"{tmp_path}/checkpoint-{last}" if last else "the base model"
-    assert caught.value.code == (
-        f"error: update {rows[-1]['step']} was skipped, because its loss or gradient is NaN or infinite. It is number "
-        f"{number} (`--max_skipped_updates`). See {tmp_path}/skipped.jsonl. The last good state is {good}."
-    )
+    assert re.fullmatch(f"error: update {rows[-1]['step']} .*NaN or infinite.*", caught.value.code)
+    assert f"{tmp_path}/skipped.jsonl" in caught.value.code and "`--max_skipped_updates`" in caught.value.code
+    assert caught.value.code.endswith(f"The last good state is {good}.")
     assert checkpoints(tmp_path) == sorted(f"checkpoint-{step}" for step in range(2, last + 1, 2))
     assert not (tmp_path / "transformer_2").exists()
 
@@ -118,7 +118,7 @@ def test_after_max_skipped_updates_the_run_ends_and_names_the_last_good_state(
 def test_the_count_goes_on_in_a_resumed_run(train, poisoned, tmp_path):
     train(*STEPS, dataset=poisoned, output_dir=tmp_path)
     more = ["--max_train_steps", 20, "--checkpointing_steps", 20, "--resume_from_checkpoint", "latest"]
-    with pytest.raises(SystemExit, match=r"It is number 3 \(`--max_skipped_updates`\)"):
+    with pytest.raises(SystemExit, match="`--max_skipped_updates`"):
         train(*more, dataset=poisoned, output_dir=tmp_path)
     first, *others = [row["step"] for row in read_skipped(tmp_path)]
     assert first <= 6 and [(step - 1) // 6 for step in others] == [1, 2], "one in each epoch"
@@ -127,11 +127,13 @@ def test_the_count_goes_on_in_a_resumed_run(train, poisoned, tmp_path):
 # ---- Weights. -------------------------------------------------------------------------------------------------------
 
 
+OVERFLOW = ["--learning_rate", 1e30, "--adam_weight_decay", 1e20]  # beyond float32
+
+
 def test_weights_that_are_not_finite_are_in_no_checkpoint_and_in_no_result(train, tmp_path):
     with pytest.raises(SystemExit) as caught:
-        train("--learning_rate", 1e39, "--checkpointing_steps", 1, output_dir=tmp_path)
-    problem = "error: weights became NaN or infinite, and are not saved. The last good state is "
-    assert caught.value.code == f"{problem}the base model."
+        train(*OVERFLOW, "--checkpointing_steps", 1, output_dir=tmp_path)
+    assert re.fullmatch("error: .*NaN or infinite.* not saved.* is the base model.", caught.value.code)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.json", "train.log"]
 
 
@@ -140,8 +142,8 @@ def test_what_was_saved_before_weights_became_infinite_stays_and_is_named(train,
     before = load_state(tmp_path)
     more = ["--resume_from_checkpoint", "latest", "--allow_changes", "--max_train_steps", 3]
     with pytest.raises(SystemExit) as caught:
-        train(*more, "--checkpoints_total_limit", 1, "--learning_rate", 1e39, output_dir=tmp_path)
-    assert caught.value.code.endswith(f"and are not saved. The last good state is {tmp_path}/checkpoint-2.")
+        train(*more, "--checkpoints_total_limit", 1, *OVERFLOW, output_dir=tmp_path)
+    assert re.fullmatch(f"error: .* not saved.* is {tmp_path}/checkpoint-2.", caught.value.code)
     assert checkpoints(tmp_path) == ["checkpoint-2"]
     assert same_bits(load_state(tmp_path), before)
     assert same_bits(load_weights(tmp_path), before)

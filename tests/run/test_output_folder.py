@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import re
 import shutil
 import time
 from pathlib import Path
@@ -35,7 +36,7 @@ def test_overwrite_output_dir_removes_what_an_earlier_run_wrote_and_nothing_else
         "checkpoint-9",
         "checkpoint-mine",
     ]
-    assert read_log(tmp_path).count("***** Running training *****") == 1
+    assert re.findall(r"step (\d): loss", read_log(tmp_path)) == ["1", "2"]
 
 
 def test_a_run_that_is_overwritten_is_the_run_in_a_new_folder(train, plain_run, tmp_path):
@@ -70,7 +71,7 @@ def test_a_link_to_a_folder_stays_a_link(train, tmp_path):
 def test_a_resumed_run_adds_to_the_log(train, tmp_path):
     train(output_dir=tmp_path)
     train("--max_train_steps", 3, "--resume_from_checkpoint", "latest", output_dir=tmp_path)
-    assert read_log(tmp_path).count("***** Running training *****") == 2
+    assert re.findall(r"step (\d): loss", read_log(tmp_path)) == ["1", "2", "3"]
 
 
 def test_run_json_holds_the_identity_that_checkpoints_hold(plain_run):
@@ -131,7 +132,7 @@ def test_a_second_run_in_the_folder_of_one_that_goes_on_is_refused(train, comman
     more = ["--max_train_steps", 1000, "--checkpointing_steps", 1000, "--resume_from_checkpoint", "latest"]
     first = PROCESSES.Process(target=run_in_process, args=command(output_dir, *more))
     first.start()
-    while first.is_alive() and read_log(output_dir).count("***** Running training *****") < 2:
+    while first.is_alive() and "step 3: loss" not in read_log(output_dir):
         time.sleep(0.01)
     messages = []
     for flags in (["--overwrite_output_dir"], ["--resume_from_checkpoint", "latest"]):
