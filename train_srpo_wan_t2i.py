@@ -1176,7 +1176,7 @@ def number(kind=float, at_least=-math.inf, above=-math.inf, below=2**63):
             raise argparse.ArgumentTypeError(f"must be {words or 'finite'}, but is {value}")
         return value
 
-    convert.__name__ = kind.__name__  # in argparse's "invalid ... value"
+    convert.__name__ = "whole number" if kind is int else "number"  # as argparse names it
     return convert
 
 
