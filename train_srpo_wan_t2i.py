@@ -1462,7 +1462,7 @@ def check_reward(args):
         with input_error(f"Without `--reward_model_path`, {HPS_FILE} is needed from the Hub, which failed"):
             path = args.reward_model_path or huggingface_hub.hf_hub_download(HPS_REPOSITORY, HPS_FILE)
         args.reward_model_path, flag = path, f"`--reward_model_path {path}`"
-        if not Path(path).is_file():
+        if not os.path.isfile(path):
             raise ValueError(f"{flag} is not a file. Run `hf download {HPS_REPOSITORY} {HPS_FILE} --local-dir .`")
         with input_error(f"{flag} is not a checkpoint with a `state_dict`"):
             weights = HPSReward.read_weights(path)
@@ -1506,7 +1506,7 @@ def check_output_dir(output, resume_from, overwrite, inputs):
         path = Path(path or os.devnull).resolve()
         if os.path.exists(path) and output.resolve() in (path, *path.parents):
             raise ValueError(f"`--{name} {path}` lies in {flag}. Choose another folder to write to.")
-    if is_named and (resume_from.endswith(".unfinished") or not os.path.isfile(Path(resume_from, STATE_FILE))):
+    if is_named and (Path(resume_from).suffix == ".unfinished" or not os.path.isfile(Path(resume_from, STATE_FILE))):
         has = f"`output_dir` has {', '.join(map(str, saved)) or 'none'}"
         raise ValueError(f"`--resume_from_checkpoint {resume_from}` is not a complete checkpoint; {has}.")
     if found and MARKER not in found:
