@@ -16,7 +16,7 @@ BIN := .venv/bin
 
 # torchao is for --optimizer adamw_8bit, which few runs need.
 .venv/test-tools: .venv/installed
-	$(BIN)/python -m pip install --quiet pytest pytest-xdist ruff torchao --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet pytest pytest-xdist hypothesis ruff torchao --constraint constraints.txt
 	@echo "Compiling DeepSpeed's operators for the tests. This takes a minute, once."
 	@TORCH_EXTENSIONS_DIR=$(CURDIR)/.pytest_cache/torch_extensions $(BIN)/python tests/compile_operators.py
 	@touch $@

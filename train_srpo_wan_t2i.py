@@ -9,16 +9,15 @@ Preference Optimization (https://arxiv.org/abs/2509.06942). Captions come from `
         --pretrained_model_name_or_path Wan-AI/Wan2.2-T2V-A14B-Diffusers --dataset_name prompt_embeds \
         --reward_model HPS --reward_model_path HPS_v2.1_compressed.pt --output_dir outputs/srpo
 
-This file follows one update: plan it (`plan_update`), paint images without gradient (`make_rollouts`), put known noise
-back in and take one graded step (`direct_align_step`), decode it (`decode_latents`), score it with a preference model
-relative to a positive and a negative control word (`srp_score`), and back-propagate (`graded_pass`, `update`).
+This file follows an update: plan it (`plan_update`), paint images without gradient (`make_rollouts`), put known noise
+back in and take a graded step (`direct_align_step`), decode (`decode_latents`), score relative to a positive and a
+negative control word (`srp_score`), and back-propagate (`graded_pass`, `update`).
 
-Departures from the published code (https://github.com/Tencent-Hunyuan/SRPO), which trains FLUX: both branches are one
-batch; `--gradient_accumulation_steps` counts rollouts, not branches; rollouts use classifier-free guidance, as Wan has
-none embedded, and 10 steps of UniPC; the default window suits the low-noise expert; every random draw depends on seed,
-sample and update alone, so that runs resume exactly; the VAE works on images as a 2-D network, which equals the 3-D
-one; images that are not square are padded, not cropped, before HPS sees them; `--drift_weight` holds the expert near
-the untrained one. docs/recipes.md has the flags of the published runs.
+Departures from the published code for FLUX (https://github.com/Tencent-Hunyuan/SRPO): both branches are one batch;
+`--gradient_accumulation_steps` counts rollouts, not branches; rollouts use classifier-free guidance, as Wan has none
+embedded, and 10 steps of UniPC; the default window suits the low-noise expert; random draws depend on seed, sample and
+update alone, so runs resume exactly; for images the VAE is an equal 2-D network; HPS sees images that are not square
+padded, not cropped; `--drift_weight` holds the expert near the untrained one. Published flags: docs/recipes.md.
 """
 
 import argparse
@@ -29,7 +28,6 @@ import importlib.util
 import json
 import logging
 import math
-import operator
 import os
 import pkgutil
 import re
@@ -45,7 +43,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -58,6 +56,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.logging import get_logger
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import ProjectConfiguration, gather_object, patch_environment, set_seed, tqdm
+from jinja2 import Template
 from PIL import Image
 from safetensors import safe_open
 from torch.utils.checkpoint import checkpoint
@@ -76,28 +75,22 @@ class LazyModule:
 
 datasets, deepspeed, diffusers = LazyModule("datasets"), LazyModule("deepspeed"), LazyModule("diffusers")
 open_clip, peft, transformers = LazyModule("open_clip"), LazyModule("peft"), LazyModule("transformers")
-wan_vae = LazyModule("diffusers.models.autoencoders.autoencoder_kl_wan")
-matplotlib_figure, torchao_optim = LazyModule("matplotlib.figure"), LazyModule("torchao.optim")
-TF = LazyModule("torchvision.transforms.v2.functional")
+wan_vae, torchao_optim = LazyModule("diffusers.models.autoencoders.autoencoder_kl_wan"), LazyModule("torchao.optim")
+TF, matplotlib_figure = LazyModule("torchvision.transforms.v2.functional"), LazyModule("matplotlib.figure")
 
 logger = get_logger(__name__)
-TRACKER_NAME = "srpo-wan-t2i"
-LOG_FORMAT = "%(asctime)s - %(levelname)s - %(name)s - %(message)s"
-
-# The control words of the published run, fastvideo/SRPO.py of the SRPO repository.
+logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's import makes it warn
+TRACKER_NAME, LOG_FORMAT = "srpo-wan-t2i", "%(asctime)s - %(levelname)s - %(name)s - %(message)s"
+# Of fastvideo/SRPO.py: the control words, and how close to an end of the training grid positions are not drawn.
 POSITIVE_WORDS = ("Natural-lighting", "Detail", "Detailed", "Real")
 NEGATIVE_WORDS = ("Concept art", "Painting", "Anime", "Flat", "Oil")
-# Positions this close to either end of the training grid are not drawn (fastvideo/SRPO.py).
 POSITION_MARGIN = 5
 # Where a reward model comes from when `--reward_model_path` is not given.
 HPS_REPOSITORY, HPS_FILE, HPS_ARCHITECTURE = "xswu/HPSv2", "HPS_v2.1_compressed.pt", "ViT-H-14"
-PICKSCORE_REPOSITORY = "yuvalkirstain/PickScore_v1"
-PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+PICKSCORE_REPOSITORY, PICKSCORE_PROCESSOR = "yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 # The linear layers that diffusers' own scripts for Wan adapt, all of the attention, and its name for the file.
-LORA_TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0")
-LORA_FILE = "pytorch_lora_weights.safetensors"
-# What lies in the folder of a run: a file that marks it, and is locked while the run goes on; in a checkpoint, what is
-# known of it and the checksums of its files; what else a run writes, beside checkpoints.
+LORA_TARGET_MODULES, LORA_FILE = ("to_q", "to_k", "to_v", "to_out.0"), "pytorch_lora_weights.safetensors"
+# In the folder of a run: its mark and lock; the state and the checksums of a checkpoint; what else a run writes.
 MARKER, STATE_FILE, CHECKSUMS, SKIPPED_FILE = "run.json", "trainer_state.json", "SHA256SUMS", "skipped.jsonl"
 RUN_FILES = f"""README.md reward.png before_after.png train.log {SKIPPED_FILE} {LORA_FILE} images/step-*/*.png
     images/step-*/scores.json */{TRACKER_NAME}/**/events.out.tfevents.* */{TRACKER_NAME}/**/hparams.yml
@@ -113,10 +106,10 @@ PINNED = """engine mixed_precision num_processes base_model transformer_subfolde
 # What DeepSpeed's checkpoints hold beside tensors and plain values.
 DEEPSPEED_CLASSES = """deepspeed.runtime.fp16.loss_scaler:LossScaler deepspeed.runtime.zero.config:ZeroStageEnum
     deepspeed.utils.tensor_fragment:fragment_address""".split()
+MODEL_CARD = Template(Path(__file__).with_name("model_card_template.md").read_text())
 # First words of the names of files of weights, and the layers by whose weights a model is identified.
-DIFFUSERS_STEM, TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
+DIFFUSERS_STEM, TRANSFORMERS_STEM, REWARD_LAYER = "diffusion_pytorch_model", "model", "text_projection"
 TRANSFORMER_LAYER, TEXT_ENCODER_LAYER = "blocks.0.attn1.to_q.weight", "encoder.final_layer_norm.weight"
-REWARD_LAYER = "text_projection"
 # What `embed_prompts.py --boundary_latents` adds to the dataset, and the flags that it shares with training.
 BOUNDARY_COLUMNS = ("boundary_latents", "boundary_seeds")
 BOUNDARY_FLAGS = ("height", "width", "sampling_steps", "rollout_scheduler", "rollout_shift")
@@ -132,22 +125,19 @@ def shift_sigmas(sigmas, shift):
 
 
 def make_train_sigmas(num_inference_steps, shift, train_timestep, timestep_length):
-    """The `timestep_length` noise levels that training draws from, (L,) float32, descending: between the first and the
-    last step of `train_timestep`, 0 <= first < last <= steps, of a sampling schedule of `num_inference_steps` steps
-    with this `shift`. Source: `sigmas_l` in fastvideo/SRPO.py."""
+    """The `timestep_length` noise levels that training draws from, (L,) float32, descending: between the two steps of
+    `train_timestep`, 0 <= first < last <= steps, of a sampling schedule. Source: `sigmas_l` in fastvideo/SRPO.py."""
     schedule = shift_sigmas(torch.linspace(1, 0, num_inference_steps + 1), shift)
     first, last = train_timestep
     return torch.linspace(schedule[first], schedule[last], timestep_length)
 
 
 def branch_sigmas(train_sigmas, position, groundtruth_ratio):
-    """The noise levels between which each branch takes its step. Both branches recover the image from (nearly) the
-    same level: the denoise branch comes from above, the inversion branch from below. `train_sigmas` are those (L,) of
-    [`make_train_sigmas`]; 1 <= `position` < L counts from the end of low noise, else a `ValueError` is raised; and
-    `groundtruth_ratio` is the share of the window that is injected noise, the rest of which the step spans.
-
-    Returns three pairs: denoise (sigma_from, sigma_to), inversion (sigma_from, sigma_to), and the positions at which
-    the denoise and the inversion branch read their discounts. Source: fastvideo/SRPO.py."""
+    """The noise levels between which each branch takes its step. Both recover the image from (nearly) the same level:
+    the denoise branch comes from above, the inversion branch from below. `train_sigmas` are those (L,) of
+    [`make_train_sigmas`]; 1 <= `position` < L counts from the end of low noise, else `ValueError`; and of the window,
+    the share `groundtruth_ratio` is injected noise, and the step spans the rest. Returns three pairs: (sigma_from,
+    sigma_to) of denoise, those of inversion, and where both read their discounts. Source: fastvideo/SRPO.py."""
     length = len(train_sigmas)
     if not 1 <= position < length:
         raise ValueError(f"`position` must be between 1 and {length - 1}, but is {position}.")
@@ -162,14 +152,10 @@ def direct_align_step(predict_velocity, x0, noise, sigma_from, sigma_to):
     """Direct-Align: injects known noise, takes one Euler step, and recovers the clean latents in closed form.
     `predict_velocity` takes latents and `sigma_from`, as given; `x0` and standard normal `noise` are (B, C, T, H, W),
     and no gradient flows through them; noise levels, floats or of shape () or (B,), are in [0, 1] and sigma_to < 1.
-
-    Returns x0_hat, of the shape of `x0`, which it equals if the predicted velocity is exactly `noise - x0`. The slope
-    d x0_hat / d velocity = (sigma_to - sigma_from) / (1 - sigma_to) is negative when denoising and positive when
-    inverting. Source: the SRPO paper."""
-    start, end = (
-        torch.as_tensor(sigma, dtype=x0.dtype, device=x0.device).reshape(-1, *[1] * (x0.ndim - 1))
-        for sigma in (sigma_from, sigma_to)
-    )
+    Returns x0_hat, of the shape of `x0`, and `x0` itself if the velocity is `noise - x0`. Its slope in the velocity,
+    (sigma_to - sigma_from) / (1 - sigma_to), is negative when denoising, positive when inverting (the SRPO paper)."""
+    levels = (torch.as_tensor(sigma, dtype=x0.dtype, device=x0.device) for sigma in (sigma_from, sigma_to))
+    start, end = (level.reshape(-1, *[1] * (x0.ndim - 1)) for level in levels)
     x = (start * noise + (1 - start) * x0).detach()
     x = x + (end - start) * predict_velocity(x, sigma_from)
     return (x - end * noise) / (1 - end)
@@ -196,24 +182,10 @@ def make_generator(*key):
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
-# The method's settings, by the names of their flags.
-SETTINGS = """seed noise num_inference_steps shift train_timestep timestep_length groundtruth_ratio branches loss
-    discount_pos discount_inv positive_words negative_words reward_margin loss_weight_shift drift_weight
-    max_grad_norm"""
-
-
-class Recipe(namedtuple("Recipe", SETTINGS)):
-    """The method's settings, each what the flag of its name says; see [`parse_args`]."""
-
-    @property
-    def train_sigmas(self):
-        """The training grid; see [`make_train_sigmas`]."""
-        return make_train_sigmas(self.num_inference_steps, self.shift, self.train_timestep, self.timestep_length)
-
-
-def settings_of(kind, flags):
-    """A named tuple whose fields are flags, from a dict of all flags."""
-    return kind(**{name: flags[name] for name in kind._fields})
+# The method's settings, each what the flag of its name says.
+SETTINGS = """seed noise num_inference_steps shift train_timestep timestep_length groundtruth_ratio loss drift_weight
+    branches discount_pos discount_inv positive_words negative_words reward_margin loss_weight_shift max_grad_norm"""
+Recipe = namedtuple("Recipe", SETTINGS)
 
 
 class Branch(NamedTuple):
@@ -245,9 +217,9 @@ def draw_positions(recipe, step, samples):
 def plan_update(recipe, step, samples):
     """The [`Plan`] of update number `step` for the samples with these numbers in the run: a pure function. Each sample
     has a noise level of its own, as each process has one in the published code. Control words change by step."""
-    length, ratio, grid = recipe.timestep_length, recipe.groundtruth_ratio, recipe.train_sigmas
-    positions = draw_positions(recipe, step, samples)
-    levels = [branch_sigmas(grid, position, ratio) for position in positions]
+    length, positions = recipe.timestep_length, draw_positions(recipe, step, samples)
+    grid = make_train_sigmas(recipe.num_inference_steps, recipe.shift, recipe.train_timestep, recipe.timestep_length)
+    levels = [branch_sigmas(grid, position, recipe.groundtruth_ratio) for position in positions]
     branches = []
     for index, (name, ends) in enumerate((("denoise", recipe.discount_pos), ("inversion", recipe.discount_inv))):
         if recipe.branches in ("both", name):
@@ -292,15 +264,13 @@ class SampleSampler:
         return range(first, first + self.batch_size)
 
     def __iter__(self):
-        epoch, order = None, None
+        @lru_cache(maxsize=1)
+        def order(epoch):
+            return torch.randperm(self.dataset_size, generator=make_generator(self.seed, SHUFFLE, epoch)).tolist()
+
         for number in self.numbers:
-            batch = []
-            for sample in self.samples(number):
-                if sample // self.dataset_size != epoch:
-                    epoch = sample // self.dataset_size
-                    order = torch.randperm(self.dataset_size, generator=make_generator(self.seed, SHUFFLE, epoch))
-                batch.append(order[sample % self.dataset_size].item())
-            yield batch
+            places = (divmod(sample, self.dataset_size) for sample in self.samples(number))
+            yield [order(epoch)[place] for epoch, place in places]
 
 
 def noise_generators(recipe, group, samples, *reuse):
@@ -321,8 +291,7 @@ def draw_starts(recipe, shape, group, samples, batch):
     noise, or, if the `batch` of [`collate_fn`] has boundary latents, one of those and the noise of its seed."""
     if "boundary_latents" not in batch:
         return (draw_noise(recipe, shape, group, samples),) * 2
-    latents, noise = [], []
-    generators = noise_generators(recipe, group, samples)
+    latents, noise, generators = [], [], noise_generators(recipe, group, samples)
     for stored, seeds, generator in zip(batch["boundary_latents"], batch["boundary_seeds"], generators, strict=True):
         pick = torch.randint(len(seeds), (), generator=generator).item()
         latents.append(torch.as_tensor(stored[pick]))
@@ -344,8 +313,7 @@ def unpack_prompt_embeds(rows, max_sequence_length, dtype):
 
 
 def collate_fn(examples, max_sequence_length, dtype):
-    """Rows of the prompt dataset -> {"captions": list of B strings, "prompt_embeds": (B, max_sequence_length, D)}, and
-    lists of what they have of `BOUNDARY_COLUMNS`."""
+    """Rows -> {"captions": list of B, "prompt_embeds": (B, max_sequence_length, D)}, with any `BOUNDARY_COLUMNS`."""
     return {
         "captions": [example["caption"] for example in examples],
         "prompt_embeds": unpack_prompt_embeds([e["prompt_embeds"] for e in examples], max_sequence_length, dtype),
@@ -362,7 +330,7 @@ def transformer_velocity(transformer, latents, sigma, prompt_embeds, token_patch
     sigma = torch.as_tensor(sigma, dtype=torch.float32).to(latents.device, non_blocking=True)
     timestep = 1000 * sigma.expand(len(latents))
     if token_patch is not None:
-        tokens = np.prod([size // patch for size, patch in zip(latents.shape[2:], token_patch, strict=True)]).item()
+        tokens = math.prod(size // patch for size, patch in zip(latents.shape[2:], token_patch, strict=True))
         timestep = timestep[:, None].expand(-1, tokens)
     latents = latents.to(prompt_embeds.dtype)
     return transformer(latents, timestep, encoder_hidden_states=prompt_embeds, return_dict=False)[0].float()
@@ -418,8 +386,7 @@ class ImageConv(torch.nn.Conv2d):
 
     def __init__(self, conv):
         sizes = conv.in_channels, conv.out_channels, conv.kernel_size[1:], conv.stride[1:], conv._padding[2::-2]
-        like = {"bias": conv.bias is not None, "device": conv.weight.device, "dtype": conv.weight.dtype}
-        super().__init__(*sizes, **like)
+        super().__init__(*sizes, bias=conv.bias is not None, device=conv.weight.device, dtype=conv.weight.dtype)
         self.load_state_dict({**conv.state_dict(), "weight": conv.weight[:, :, -1]})
 
     def forward(self, x, _cache=None):
@@ -429,33 +396,27 @@ class ImageConv(torch.nn.Conv2d):
 def flatten_vae(vae):
     """Turns an `AutoencoderKLWan` into one for single images, which gives the same: a causal 3-D convolution sees the
     image behind frames of zeros, so of its kernel only the last temporal slice matters, which is a 2-D one."""
-    for module in list(vae.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, wan_vae.WanCausalConv3d):
-                setattr(module, name, ImageConv(child).requires_grad_(child.weight.requires_grad))
+    for name, module in list(vae.named_modules()):
+        if isinstance(module, wan_vae.WanCausalConv3d):
+            vae.set_submodule(name, ImageConv(module).requires_grad_(module.weight.requires_grad))
     return vae
 
 
 def decode_latents(vae, latents):
     """Latents (B, C, 1, H, W), normalised as the transformer sees them -> pixels (B, 3, s * H, s * W) in [0, 1], and
-    the share of values that were clamped, (), which carry no gradient; float32. The same as `vae.decode`, except that
-    the decoder's blocks are checkpointed where gradients flow: `AutoencoderKLWan` has no gradient checkpointing, and
-    its cache of frames, which one frame does not need, would break the recomputation."""
-    mean, std = (
-        torch.tensor(values, dtype=latents.dtype).to(latents.device, non_blocking=True).view(1, -1, 1, 1, 1)
-        for values in (vae.config.latents_mean, vae.config.latents_std)
-    )
+    the share of values that were clamped, (), which carry no gradient; float32. The same as `vae.decode`, but blocks
+    are checkpointed where gradients flow, and there is no cache of frames, which would break the recomputation."""
+    statistics = torch.tensor([vae.config.latents_mean, vae.config.latents_std], dtype=latents.dtype)
+    mean, std = statistics.to(latents.device, non_blocking=True).view(2, 1, -1, 1, 1, 1)
     decoder = vae.decoder
     x = decoder.conv_in(vae.post_quant_conv((latents * std + mean).to(vae.dtype)))
-    blocks = [decoder.mid_block, *(partial(block, first_chunk=True) for block in decoder.up_blocks)]
-    for block in blocks:
+    for block in (decoder.mid_block, *(partial(up_block, first_chunk=True) for up_block in decoder.up_blocks)):
         x = checkpoint(block, x, use_reentrant=False) if x.requires_grad else block(x)
     x = decoder.conv_out(decoder.nonlinearity(decoder.norm_out(x)))
     if vae.config.patch_size is not None:
         x = wan_vae.unpatchify(x, patch_size=vae.config.patch_size)
     pixels = x[:, :, 0].float()
-    saturated = (pixels.detach().abs() > 1).float().mean()
-    return pixels.clamp(-1, 1) / 2 + 0.5, saturated
+    return pixels.clamp(-1, 1) / 2 + 0.5, (pixels.detach().abs() > 1).float().mean()
 
 
 # ---- 6. Rewards: human-preference models that see pixels and captions. ----------------------------------------------
@@ -471,15 +432,9 @@ def preprocess_pixels(pixels, image_size, mean, std, keep_borders):
     normalised by the `mean` and `std` of each channel. With `keep_borders` the longer side is fitted and the rest is
     black, as HPSv2's `ResizeMaxSize` does it; otherwise the centre is cropped, as CLIP's processor does it. Two
     products of matrices resize, because torch's own bicubic resizing has no deterministic gradient on GPUs."""
-    height, width = pixels.shape[-2:]
-    scale = image_size / (max if keep_borders else min)(height, width)
-    columns, rows = (resize_matrix(size, round(size * scale), pixels.device) for size in (height, width))
-    pixels = columns @ pixels @ rows.T
-    height, width = pixels.shape[-2:]
-    if keep_borders:
-        left, top = (image_size - width) // 2, (image_size - height) // 2
-        pixels = TF.pad(pixels, [left, top, image_size - width - left, image_size - height - top])
-    return TF.normalize(TF.center_crop(pixels, [image_size, image_size]), mean, std)
+    scale = image_size / (max if keep_borders else min)(pixels.shape[-2:])
+    columns, rows = (resize_matrix(size, round(size * scale), pixels.device) for size in pixels.shape[-2:])
+    return TF.normalize(TF.center_crop(columns @ pixels @ rows.T, [image_size, image_size]), mean, std)
 
 
 class RewardModel(torch.nn.Module):
@@ -500,7 +455,7 @@ class RewardModel(torch.nn.Module):
     def encode_texts(self, texts):
         """List of B strings -> (B, D) float32 of unit norm. Every text is encoded once in a run, and alone: in a batch
         its last bits would depend on the others, which after resuming are others."""
-        for text in dict.fromkeys(texts):
+        for text in texts:
             if text not in self.text_cache:
                 self.text_cache[text] = F.normalize(self.text_features([text]).float(), dim=-1)[0]
         return torch.stack([self.text_cache[text] for text in texts])
@@ -543,8 +498,7 @@ class HPSReward(RewardModel):
     def empty_model(architecture=HPS_ARCHITECTURE):
         with torch.device("meta"):
             model = open_clip.CLIP(**open_clip.get_model_config(architecture))
-        length = model.context_length  # the causal mask is the one buffer that no checkpoint holds
-        model.attn_mask = torch.full((length, length), float("-inf")).triu(1)
+        model.attn_mask = torch.full([model.context_length] * 2, -math.inf).triu(1)  # causal; it is in no checkpoint
         return model
 
     @staticmethod
@@ -593,7 +547,6 @@ class Models(NamedTuple):
     base: torch.nn.Module | None = None  # a frozen copy of the transformer; a LoRA needs none
 
     def velocity(self, latents, sigma, prompt_embeds):
-        """See [`transformer_velocity`]."""
         return transformer_velocity(self.transformer, latents, sigma, prompt_embeds, self.token_patch)
 
     @torch.no_grad()
@@ -620,19 +573,15 @@ def make_rollouts(models, batches, recipe, shape, group, batch_size):
     latents = torch.cat([rollout.x0 for rollout in rollouts]).split(batch_size)
     prompt_embeds = torch.cat([rollout.prompt_embeds for rollout in rollouts]).split(batch_size)
     x0 = torch.cat([paint_latents(models, *part) for part in zip(latents, prompt_embeds, strict=True)])
-    x0 = x0.split([len(rollout.samples) for rollout in rollouts])
-    return [rollout._replace(x0=part) for rollout, part in zip(rollouts, x0, strict=True)]
+    return [rollout._replace(x0=part) for rollout, part in zip(rollouts, x0.chunk(len(rollouts)), strict=True)]
 
 
 def graded_pass(models, rollout, plan, recipe):
     """Takes the graded step of all branches of a [`Plan`] from the x0 of a [`Rollout`] as one batch, decodes and
     scores it. Returns the loss, `torch.Tensor` of shape (), and metrics, a dict of detached tensors of shape ()."""
     count, drifts = len(plan.branches), []
-    x0, noise, prompt_embeds = (
-        tensor.repeat(count, *[1] * (tensor.ndim - 1)) for tensor in (rollout.x0, rollout.noise, rollout.prompt_embeds)
-    )
+    x0, noise, prompt_embeds = (torch.cat([t] * count) for t in (rollout.x0, rollout.noise, rollout.prompt_embeds))
     rows = [torch.stack([b.sigma_from, b.sigma_to, b.discount, b.swap, plan.weight]) for b in plan.branches]
-    # All at once, without waiting for the GPU.
     sigma_from, sigma_to, discount, swap, weight = torch.cat(rows, dim=1).to(x0.device, non_blocking=True)
 
     def velocity(x, sigma):
@@ -658,9 +607,8 @@ def graded_pass(models, rollout, plan, recipe):
 
 
 def update(accelerator, models, optimizer, rollouts, recipe, step):
-    """Takes update number `step` of the run on the rollouts of this process. Returns {name: tensor of shape ()}: the
-    means of what [`graded_pass`] measures over these rollouts, and `grad_norm`, before clipping. If it or a loss is
-    not finite, the weights and the optimizer stay as they are."""
+    """Takes update number `step` on the rollouts of this process. Returns {name: tensor of shape ()}: means of what
+    [`graded_pass`] measures, and `grad_norm`, before clipping. If it or a loss is not finite, nothing is updated."""
     transformer, measured = models.transformer, []
     torch.manual_seed(make_generator(recipe.seed, GLOBAL, step, accelerator.process_index).initial_seed())
     transformer.train()  # the dropout of a LoRA belongs to the graded step alone
@@ -682,7 +630,62 @@ def update(accelerator, models, optimizer, rollouts, recipe, step):
     return means | {"grad_norm": grad_norm}
 
 
-# ---- 8. What is trained: all weights, or a LoRA beside them. --------------------------------------------------------
+# ---- 8. Weights: the files they come from; what is trained, all of them or a LoRA beside them. ----------------------
+def weight_files(source, subfolder, stem, layer=None):
+    """The paths of the safetensors files of a model, downloaded if need be: `{stem}.safetensors` or its shards, or the
+    one that holds the tensor `layer`. `source` are the arguments of `from_pretrained` that say where the model is."""
+    path, variant = source["pretrained_model_name_or_path"], source.get("variant")
+    options = {name: value for name, value in source.items() if name in ("revision", "cache_dir")}
+    cached = partial(transformers.utils.cached_file, path, subfolder=subfolder, **options)
+    suffix = f".{variant}" if variant else ""
+    index = cached(f"{stem}.safetensors.index{suffix}.json", _raise_exceptions_for_missing_entries=False)
+    if index is None:
+        return [cached(f"{stem}{suffix}.safetensors")]
+    shards = json.loads(Path(index).read_text())["weight_map"]
+    return [cached(shard) for shard in sorted({shards[layer]} if layer else set(shards.values()))]
+
+
+def weights_fingerprint(source, subfolder, stem, layer):
+    """The [`fingerprint`] of one `layer` of a model, wherever it lies; see [`weight_files`]."""
+    (file,) = weight_files(source, subfolder, stem, layer)
+    with safe_open(file, framework="pt") as weights:
+        return fingerprint(weights.get_tensor(layer))
+
+
+def fingerprint(tensor):
+    """The first 16 hex digits of the SHA-256 of the little-endian bytes of a tensor in bfloat16."""
+    return hashlib.sha256(tensor.to(torch.bfloat16).view(torch.int16).numpy().tobytes()).hexdigest()[:16]
+
+
+def read_shapes(files):
+    """{name: shape} of the tensors in safetensors files. Only the heads of the files are read."""
+    shapes = {}
+    for file in files:
+        with input_error(f"`{file}` is not a whole safetensors file"), safe_open(file, framework="pt") as head:
+            shapes |= {name: tuple(head.get_slice(name).get_shape()) for name in head.keys()}
+    return shapes
+
+
+def check_weights(model, found):
+    """Compares {name: shape} `found` in files with a model, e.g. on the meta device; `ValueError` if they differ."""
+    names = {}  # names of the same tensor: one of them is enough
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    missing = [same[0] for same in names.values() if not found.keys() & set(same)]
+    other = [name for name in found if name in expected and found[name] != expected[name]]
+    unknown = [name for name in found if name not in expected and "position_ids" not in name]
+    for what, tensors in (("lack", missing), ("have other shapes of", other), ("have unknown", unknown)):
+        if tensors:
+            raise ValueError(f"the weights {what} {len(tensors)} tensors, such as `{min(tensors)}`")
+
+
+def require_finite(model, flag):
+    """Refuses a model that was just loaded if one of its weights is NaN or infinite; `flag` says whence."""
+    if bad := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
+        raise ValueError(f"{flag}: the weights of `{bad[0]}` are NaN or infinite. Download them again.")
+
+
 def choose_dtypes(mixed_precision, optimizer, lora_rank, deepspeed):
     """The type of frozen and saved weights, and that of the transformer. AdamW under autocast needs float32 weights;
     DeepSpeed has float32 copies, adamw_8bit rounds stochastically, and the base of a LoRA is not trained."""
@@ -765,17 +768,9 @@ class RunState:
     uploads: list = field(default_factory=list)  # those that go on in the background
 
 
-class Validation(NamedTuple):
-    """What to paint, and how."""
-
-    captions: list[str]
-    prompt_embeds: torch.Tensor  # (N, L, D)
-    solver: Solver
-    shape: tuple[int, int, int, int]  # of the latents of an image, (C, T, H, W)
-    batch_size: int  # of each process
-    folder: Path  # where the images go
-    every: int  # updates between two validations
-    last: int  # the number of the last update
+# What to paint: N captions, their (N, L, D) embeddings, the [`Solver`], the (C, T, H, W) of latents, how
+# many at once on a process, the folder they go to, the updates between two validations, the last update.
+Validation = namedtuple("Validation", "captions prompt_embeds solver shape batch_size folder every last")
 
 
 @torch.no_grad()
@@ -805,45 +800,41 @@ def paint_validation(accelerator, models, recipe, validation):
 
 def validate(accelerator, models, recipe, validation, state):
     """If it is time, paints and scores all prompts, into trackers, `images/step-N/` and the history of the run."""
-    if validation is None or (state.step % validation.every and state.step != validation.last):
+    due = validation is not None and (state.step % validation.every == 0 or state.step == validation.last)
+    if not due or any(row["step"] == state.step and "validation_reward" in row for row in state.history):
         return
-    if any(row["step"] == state.step and "validation_reward" in row for row in state.history):
-        return
-    painted = {
-        index: result for index, *result in gather_object(paint_validation(accelerator, models, recipe, validation))
-    }
+    painted = {index: row for index, *row in gather_object(paint_validation(accelerator, models, recipe, validation))}
     images, rewards, relative = zip(*(painted[index] for index in sorted(painted)), strict=True)
     means = {"validation_reward": np.mean(rewards).item(), "validation_relative": np.mean(relative).item()}
     if accelerator.is_main_process:
         with written(validation.folder / f"step-{state.step}", size=sum(image.nbytes for image in images)) as folder:
-            folder.mkdir(parents=True)
+            folder.mkdir()
             scores = []
             for index, caption in enumerate(validation.captions):
                 slug = re.sub(r"\W+", "-", caption.lower()).strip("-")[:48]
-                row = {"caption": caption, "image": f"{index:03d}-{slug}.png"}
-                Image.fromarray(images[index]).save(folder / row["image"])
-                scores.append({**row, "reward": rewards[index], "relative": relative[index]})
+                scores.append({"caption": caption, "image": f"{index:03d}-{slug}.png"})
+                scores[-1] |= {"reward": rewards[index], "relative": relative[index]}
+                Image.fromarray(images[index]).save(folder / scores[-1]["image"])
             (folder / "scores.json").write_text(json.dumps(scores, indent=1))
         for tracker in accelerator.trackers:
-            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             if hasattr(tracker, "log_images"):
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({"validation": np.stack(images)}, step=state.step, **layout)
     accelerator.wait_for_everyone()
     accelerator.log(means, step=state.step)
     state.history.append({"step": state.step, **means})
-    scores = ", ".join(f"{name.removeprefix('validation_')} {value:.4f}" for name, value in means.items())
-    logger.info(f"Validation at step {state.step}: {scores}, {len(images)} images")
+    summary = "reward {validation_reward:.4f}, relative {validation_relative:.4f}".format(**means)
+    logger.info(f"Validation at step {state.step}: {summary}, {len(images)} images")
 
 
 def save_before_after(folder, steps, output, columns=8):
     """Draws the first validation images of two steps, one above the other, with their rewards, as a PNG."""
     scores = [json.loads((folder / f"step-{step}/scores.json").read_text())[:columns] for step in steps]
     figure = matplotlib_figure.Figure(figsize=(2.4 * len(scores[0]), 5.8), layout="tight")
-    axes = figure.subplots(2, len(scores[0]), squeeze=False)
+    axes = figure.subplots(2, len(scores[0]), squeeze=False, subplot_kw={"xticks": [], "yticks": []})
     for row, step, images in zip(axes, steps, scores, strict=True):
         for axis, image in zip(row, images):  # noqa: B905  a resumed run may have more or fewer
             axis.imshow(Image.open(folder / f"step-{step}" / image["image"]))
-            axis.set(xticks=[], yticks=[])
             axis.set_xlabel(f"reward {image['reward']:.3f}\nrelative {image['relative']:+.3f}", fontsize=8)
             title = "\n".join(textwrap.wrap(image["caption"], 26)[:3]) if step == steps[0] else ""
             axis.set_title(title, fontsize=8, parse_math=False)
@@ -870,17 +861,9 @@ def save_reward_curve(history, output):
 
 
 # ---- 10. What a run leaves behind: checkpoints, the model, its card. ------------------------------------------------
-class Run(NamedTuple):
-    """What a run is, and where its results go."""
-
-    output_dir: Path
-    flags: dict  # all of them, as the model card lists them
-    expert: str  # the subfolder of the transformer
-    two_experts: bool
-    dtype: torch.dtype  # of the saved weights
-    identity: dict  # what decides the result, and what a checkpoint and the run that continues it share
-    checkpoint_size: int  # in bytes, about
-    repo_id: str  # on the Hub
+# What a run is: its folder, all flags, the subfolder of the transformer, the type of saved weights, what decides the
+# result (a checkpoint and the run that continues it share it), the bytes of a checkpoint, the repository on the Hub.
+Run = namedtuple("Run", "output_dir flags expert dtype identity checkpoint_size repo_id")
 
 
 def discard(path):
@@ -891,22 +874,18 @@ def discard(path):
         path.unlink(missing_ok=True)
 
 
-def full_disk(path, size):
-    """What ends the program if the disk has no room for `size` bytes at `path`."""
-    free = shutil.disk_usage(path if path.is_dir() else path.parent).free / 1e9
-    problem = f"the disk is full: `{path}` takes {size / 1e9:.3g} GB, and {free:.3g} GB are free"
-    return SystemExit(f"error: {problem}. What was saved before is whole.")
-
-
 @contextmanager
 def written(path, size=1e6):
     """A path beside `path` to write a file or folder of about `size` bytes to. If the block succeeds, it is flushed to
-    the disk and takes the place of `path`, where a link is followed; else it is removed."""
+    the disk and takes the place of `path`, where a link is followed; else it is removed. Ends the program if the disk
+    is full, or would be."""
     path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     discard(new := path.with_name(f"{path.name}.unfinished"))
-    if shutil.disk_usage(path.parent).free < size:
-        raise full_disk(path, size)
+    free = shutil.disk_usage(path.parent).free
+    full = f"error: the disk is full: `{path}` takes {size / 1e9:.3g} GB, and {free / 1e9:.3g} GB were free"
+    if free < size:
+        raise SystemExit(full)
     try:
         yield new
         for file in filter(Path.is_file, (new, *new.rglob("*"))):
@@ -916,7 +895,7 @@ def written(path, size=1e6):
     except BaseException as error:
         is_full = "No space left" in str(error) or shutil.disk_usage(path.parent).free < 2**20
         discard(new)
-        raise full_disk(path, size) if is_full else error from error
+        raise SystemExit(full) if is_full else error from error
     if path.is_dir():
         discard(path)
     new.replace(path)
@@ -925,34 +904,33 @@ def written(path, size=1e6):
 @contextmanager
 def claim_output_dir(folder, size):
     """Makes the output folder and holds its lock, which the kernel releases however the process ends. `ValueError` if
-    another process holds it; ends the program if less than `size` bytes are free. If nothing was written to `run.json`
-    in the end, the folder is as before."""
+    another process holds it, or less than `size` bytes are free. If the marker stays empty, all is as before."""
     marker, made = folder / MARKER, [each for each in (folder, *folder.parents) if not each.exists()]
     with input_error(f"`--output_dir {folder}` cannot be written, or another run is writing to it; choose another"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = marker.open("a")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    try:
+    with lock:
         for leftover in (*folder.glob("*.unfinished"), *folder.glob("*/*.unfinished")):
             discard(leftover)
-        if shutil.disk_usage(folder).free < size:
-            raise full_disk(folder, size)
-        yield
-    finally:
-        if marker.stat().st_size == 0:
-            for remove in (marker.unlink, *(each.rmdir for each in made)):
-                remove()
-        lock.close()
+        try:
+            if (free := shutil.disk_usage(folder).free) < size:
+                needs = f"{size / 1e9:.3g} GB, of which {free / 1e9:.3g} GB are free"
+                raise ValueError(f"`--output_dir {folder}`: the disk is full: the run needs {needs}.")
+            yield
+        finally:
+            if marker.stat().st_size == 0:
+                for remove in (marker.unlink, *(each.rmdir for each in made)):
+                    remove()
 
 
 def begin_output(run):
     """Marks the output folder as that of the run, without what an earlier one left there, and begins `train.log`."""
-    if run.flags["overwrite_output_dir"]:
-        files = [path for pattern in RUN_FILES for path in run.output_dir.glob(pattern)]
-        for path in [*files, *list_checkpoints(run.output_dir)]:
-            discard(path)
-            with suppress(OSError):  # ends at a folder that is not empty, such as that of the marker
-                os.removedirs(path.parent)
+    old = [path for pattern in RUN_FILES for path in run.output_dir.glob(pattern)] + list_checkpoints(run.output_dir)
+    for path in old if run.flags["overwrite_output_dir"] else ():
+        discard(path)
+        with suppress(OSError):  # stops at a folder that is not empty
+            os.removedirs(path.parent)
     (run.output_dir / MARKER).write_text(json.dumps(run.identity, indent=1))  # in place, since it is locked
     handler = logging.FileHandler(run.output_dir / "train.log")
     handler.setFormatter(logging.Formatter(LOG_FORMAT))
@@ -976,20 +954,19 @@ def list_checksums(accelerator, folder):
 
     def line(file):
         with file.open("rb") as stream:
-            return f"{huggingface_hub.utils.sha.sha_fileobj(stream).hex()}  {file.relative_to(folder)}\n"
+            return f"{huggingface_hub.utils.sha.sha_fileobj(stream).hex()}  {file.relative_to(folder)}"
 
     files = sorted(file for file in Path(folder).rglob("*") if file.is_file() and file.name != CHECKSUMS)
     with ThreadPoolExecutor() as threads:
         lines = threads.map(line, files[accelerator.process_index :: accelerator.num_processes])
-    return "".join(sorted(gather_object([*lines])))
+    return gather_object([*lines])
 
 
-def require_finite_weights(accelerator, transformer, run):
-    """Ends the program, before anything is saved, if trained weights, or the share of a process, are not finite."""
-    shares = [getattr(each, "ds_tensor", each) for each in transformer.parameters() if each.requires_grad]
-    if not min(gather_object([all(share.isfinite().all() for share in shares)])):
-        last = (list_checkpoints(run.output_dir) or ["the base model"])[-1]
-        raise SystemExit(f"error: weights became NaN or infinite, and are not saved. The last good state is {last}.")
+def find_damage(accelerator, folder):
+    """The name of a file in a checkpoint that is not what was saved, or `None`. All processes must call it."""
+    file = Path(folder, CHECKSUMS)
+    listed = file.read_text(errors="replace").splitlines() if file.is_file() else [CHECKSUMS]
+    return min((line.split("  ")[-1] for line in {*listed} ^ {*list_checksums(accelerator, folder)}), default=None)
 
 
 def keep_lora_only(_models, weights, _output_dir):
@@ -999,27 +976,30 @@ def keep_lora_only(_models, weights, _output_dir):
 
 def save_checkpoint(accelerator, transformer, run, state):
     """Writes `checkpoint-N`: the training state, in `trainer_state.json` the curves and what export_checkpoint.py
-    needs, and checksums. Only when it is complete, checkpoints above the limit are removed."""
-    require_finite_weights(accelerator, transformer, run)
+    needs, and checksums; then removes those above the limit. Ends the program if the weights are not finite."""
+    shares = [getattr(each, "ds_tensor", each) for each in transformer.parameters() if each.requires_grad]
+    if not min(gather_object([all(share.isfinite().all() for share in shares)])):
+        last = (list_checkpoints(run.output_dir) or ["the base model"])[-1]
+        raise SystemExit(f"error: weights became NaN or infinite, and are not saved. The last good state is {last}.")
     folder, main = run.output_dir / f"checkpoint-{state.step}", accelerator.is_main_process
     with written(folder, run.checkpoint_size) if main else nullcontext(Path(f"{folder.resolve()}.unfinished")) as new:
         if main:
             bare, dtype = accelerator.unwrap_model(transformer), str(run.dtype).removeprefix("torch.")
-            content = {"saved": time.time(), "global_step": state.step, "skipped": state.skipped}
-            content |= {"history": state.history, "run": run.identity, "expert": run.expert, "dtype": dtype}
-            new.mkdir()
+            content = {"saved": time.time(), "global_step": state.step, "skipped": state.skipped, "dtype": dtype}
+            content |= {"history": state.history, "run": run.identity, "expert": run.expert}
             content |= {"config": dict(bare.config), "lora": lora_metadata(bare)}
+            new.mkdir()
             (new / STATE_FILE).write_text(json.dumps(content))
         accelerator.wait_for_everyone()
         # Frozen weights are those of the base model: without DeepSpeed, `keep_lora_only` leaves them out.
-        options = {"exclude_frozen_parameters": True} if accelerator.deepspeed_plugin else {}
-        accelerator.save_state(str(new), **options)
+        lora_only = {"exclude_frozen_parameters": True} if accelerator.deepspeed_plugin else {}
+        accelerator.save_state(str(new), **lora_only)
         # Every draw is a function of the seed, so the pickled states of generators are of no use.
         (new / f"random_states_{accelerator.process_index}.pkl").unlink()
         accelerator.wait_for_everyone()
         checksums = list_checksums(accelerator, new)
         if main:
-            (new / CHECKSUMS).write_text(checksums)
+            (new / CHECKSUMS).write_text("".join(f"{line}\n" for line in checksums))
     if main:
         for old in list_checkpoints(run.output_dir)[: -(run.flags["checkpoints_total_limit"] or sys.maxsize)]:
             discard(old)
@@ -1032,39 +1012,36 @@ def read_state(folder):
     file = Path(folder, STATE_FILE)
     with input_error(f"`{file}` is damaged or of another version of this script; take another checkpoint"):
         content = json.loads(file.read_text())
-        numbers = [value for row in content["history"] for value in (row["step"], *row.values())]
-        numbers += [content["global_step"], content["skipped"]]
-        if not {*map(type, numbers)} <= {int, float} or content["expert"] not in EXPERTS:
-            raise ValueError("it does not hold what this script writes")
+        history, last, expert = content["history"], content["global_step"], content["expert"]
+        steps, numbers = [content["skipped"], last], [value for row in history for value in row.values()]
+        steps += [row["step"] for row in history]
+        if {*map(type, steps)} != {int} or not 0 <= min(steps) <= max(steps) <= last or expert not in EXPERTS:
+            raise ValueError("its steps or its expert are not those of a run")
+        if not {*map(type, numbers)} <= {int, float} or "engine" not in content["run"]:
+            raise ValueError("its curves or its settings are not those of a run")
         return {name: content[name] for name in "global_step skipped history run expert config lora dtype".split()}
 
 
 def find_checkpoint(accelerator, run):
     """The checkpoint to resume from, or `None`, and its [`RunState`]. `ValueError` if the run cannot go on with it."""
-
-    def is_whole(folder):
-        file = Path(folder, CHECKSUMS)
-        listed = file.read_text(errors="replace") if file.is_file() else None
-        return list_checksums(accelerator, folder) == listed
-
     saved, flags, folder = list_checkpoints(run.output_dir), run.flags, run.flags["resume_from_checkpoint"]
     folder = (saved or [None])[-1] if folder == "latest" else folder
     if folder is None:
         return None, RunState()
-    if not is_whole(folder):
-        whole = next(filter(is_whole, saved[::-1]), None)
-        advice = f"the newest whole one is `--resume_from_checkpoint {whole}`" if whole else "no other is whole"
-        raise ValueError(f"{folder} is damaged: its files are not those of its {CHECKSUMS}; {advice}.")
+    if damage := find_damage(accelerator, folder):
+        whole = next((each for each in saved[::-1] if find_damage(accelerator, each) is None), "none")
+        raise ValueError(f"{folder} is damaged: `{damage}` is not what was saved. The newest whole one is {whole}.")
     content, new = read_state(folder), json.loads(json.dumps(run.identity))
-    old = content["run"]
+    old, step = content["run"], content["global_step"]
     changed = [name for name in new if old.get(name) != new[name]]
-    ways = ["start a new run"] if set(changed) & set(PINNED) else ["start a new run", "add `--allow_changes`"]
-    if changed and not (flags["allow_changes"] and len(ways) == 2):
-        changes = "; ".join(f"{name}: {old.get(name)}, which is now {new[name]}" for name in changed)
-        raise ValueError(f"{folder} was made with another {changes}. Use the same, or {', or '.join(ways)}.")
-    if content["global_step"] > flags["max_train_steps"]:
-        raise ValueError(f"{folder} is beyond `--max_train_steps {flags['max_train_steps']}`.")
-    return folder, RunState(content["global_step"], content["skipped"], content["history"])
+    with input_error(f"{folder} cannot be continued"):
+        if changed and ({*changed} & {*PINNED} or not flags["allow_changes"]):
+            advice = "start a new run" if {*changed} & {*PINNED} else "add `--allow_changes`"
+            changes = "; ".join(f"{name}: {old.get(name)}, which is now {new[name]}" for name in changed)
+            raise ValueError(f"it was made with another {changes}. Use the same, or {advice}.")
+        if step > flags["max_train_steps"]:
+            raise ValueError(f"it is beyond `--max_train_steps {flags['max_train_steps']}`.")
+    return folder, RunState(step, content["skipped"], content["history"])
 
 
 @contextmanager
@@ -1104,88 +1081,27 @@ def save_weights(weights, output_dir, expert, config, lora):
     return path
 
 
-MODEL_CARD = """---
-{{ card_data }}
----
-
-# SRPO fine-tuning of {{ base }}
-
-{{ what }} of {{ base }}, fine-tuned for text-to-image with SRPO on the reward of {{ flags.reward_model }}:
-{{ updates }} updates{% if scores %}, relative reward {{ scores[0] }} -> {{ scores[-1] }}.
-
-![Validation images before and after training](before_after.png){% endif %}
-
-![Reward curve](reward.png)
-
-## How to use it
-
-```python
-import torch
-from diffusers import WanPipeline, WanTransformer3DModel
-
-base, trained = "{{ base }}", "{{ run.repo_id }}"  # ids on the Hub, or paths of folders
-expert = WanTransformer3DModel.from_pretrained({{ source }}, subfolder="{{ run.expert }}", dtype=torch.bfloat16)
-{% if flags.lora_rank %}expert.load_lora_adapter(trained, weight_name="{{ file }}", use_safetensors=True)
-{% endif %}pipe = WanPipeline.from_pretrained(base, {{ experts }}, dtype=torch.bfloat16).to("cuda")
-image = pipe(
-    "a red fox in the snow", num_frames=1, height={{ flags.validation_size }}, width={{ flags.validation_size }},
-    num_inference_steps={{ flags.num_inference_steps }}, guidance_scale={{ flags.validation_guidance_scale }},
-    max_sequence_length={{ flags.max_sequence_length }}, output_type="pil",
-).frames[0][0]
-```
-
-## Training settings
-
-| flag | value |
-|---|---|
-{% for name, value in flags | dictsort if value not in (none, false) %}| `--{{ name }}` | {{ value }} |
-{% endfor %}
-Method: SRPO, Shen et al. 2025, https://arxiv.org/abs/2509.06942.
-"""
-
-
-def save_model_card(run, history, images):
-    """Writes the `README.md` of the output folder. `images` is the last folder of validation images, or `None`. Of
-    paths on this machine, a card has the last part only."""
-    hidden = "output_dir", "validation_prompts", "cache_dir", "resume_from_checkpoint"
-    flags = {name: value for name, value in run.flags.items() if name not in hidden}
-    on_hub, rank = not Path(flags["pretrained_model_name_or_path"]).exists(), flags["lora_rank"]
+def save_model_card(run, history):
+    """Writes the `README.md` of the output folder. Of paths on this machine, it has the last part only."""
+    flags, base = dict(run.flags), "pretrained_model_name_or_path"
     for name, value in flags.items():
         if isinstance(value, list | tuple):
             flags[name] = shlex.join(map(str, value))
         elif name in PATH_FLAGS and value and Path(value).exists():
             flags[name] = Path(value).resolve().name
-    base, validations = flags["pretrained_model_name_or_path"], [row for row in history if "validation_reward" in row]
-    data = {"license": "apache-2.0", "library_name": "diffusers", "pipeline_tag": "text-to-image"}
-    data["tags"] = ["text-to-image", "diffusers", "wan", "srpo", *(["lora"] if rank else [])]
-    if on_hub:
-        data |= {"base_model": base, "base_model_relation": "adapter" if rank else "finetune"}
-    if images is not None:
-        rows, url = json.loads((images / "scores.json").read_text()), f"images/{images.name}"
-        data["widget"] = [{"text": row["caption"], "output": {"url": f"{url}/{row['image']}"}} for row in rows]
-        result = partial(huggingface_hub.EvalResult, "text-to-image", "prompts", "validation prompts")
-        data |= {"model_name": run.repo_id.split("/")[-1], "eval_results": []}
-        for when, row in (("before", validations[0]), ("after", validations[-1])):
-            for name in ("reward", "relative"):
-                metric = f"{flags['reward_model']}, {name}, {when} training"
-                data["eval_results"].append(result(name, round(row[f"validation_{name}"], 4), metric_name=metric))
-    alone = "transformer=None, transformer_2=expert, boundary_ratio=1.0"
-    card = huggingface_hub.ModelCard.from_template(
-        huggingface_hub.ModelCardData(**data),
-        template_str=MODEL_CARD,
-        **{"run": run, "flags": flags, "base": base, "file": LORA_FILE, "source": "base" if rank else "trained"},
-        what=f"A LoRA of rank {rank} for `{run.expert}`" if rank else f"`{run.expert}`",
-        experts=alone if run.two_experts else f"{run.expert}=expert",
-        updates=max((row["step"] for row in history), default=0),
-        scores=[round(row["validation_relative"], 4) for row in validations],
-    )
+    scores, images = [row for row in history if "validation_reward" in row], []
+    if scores and (painted := run.output_dir / f"images/step-{scores[-1]['step']}/scores.json").is_file():
+        url = painted.relative_to(run.output_dir).parent
+        images = [{**row, "url": f"{url}/{row['image']}"} for row in json.loads(painted.read_text())]
+    facts = {"run": run, "flags": flags, "history": history, "scores": scores, "images": images}
+    on_hub, rank = not Path(run.flags[base]).exists(), flags["lora_rank"]
+    card = huggingface_hub.ModelCard(MODEL_CARD.render(**facts, base=flags[base], on_hub=on_hub, rank=rank))
     with written(run.output_dir / "README.md") as file:
         card.save(file)
 
 
 def save_results(accelerator, transformer, run, state):
     """Writes what users want of a run: the weights, the curves, the pictures and the card; and begins to upload it."""
-    require_finite_weights(accelerator, transformer, run)
     weights = gather_weights(accelerator, transformer, run.dtype)
     if accelerator.is_main_process:
         bare, output, images = accelerator.unwrap_model(transformer), run.output_dir, run.output_dir / "images"
@@ -1194,7 +1110,7 @@ def save_results(accelerator, transformer, run, state):
         painted = [row["step"] for row in state.history if (images / f"step-{row['step']}/scores.json").is_file()]
         if painted:
             save_before_after(images, (painted[0], painted[-1]), output / "before_after.png")
-        save_model_card(run, state.history, images / f"step-{painted[-1]}" if painted else None)
+        save_model_card(run, state.history)
         if run.flags["push_to_hub"]:
             state.uploads.append(start_upload(run, state.step))
     accelerator.wait_for_everyone()
@@ -1227,12 +1143,11 @@ def start_upload(run, step):
         (os.link if source.endswith(".safetensors") else shutil.copy2)(source, target)
 
     def upload():
-        hub = {"repo_id": run.repo_id, "revision": f"step-{step}" if apart else None}
-        content = {"folder_path": frozen, "commit_message": f"After {step} updates"}
+        hub, message = {"repo_id": run.repo_id, "revision": f"step-{step}" if apart else None}, f"After {step} updates"
         try:
             if apart:
                 with_retries(lambda: huggingface_hub.create_branch(run.repo_id, branch=hub["revision"], exist_ok=True))
-            with_retries(lambda: huggingface_hub.upload_folder(**hub, **content))
+            with_retries(partial(huggingface_hub.upload_folder, **hub, folder_path=frozen, commit_message=message))
         except Exception as error:  # whatever it was, the run goes on and its files are safe
             exclude = [word for pattern in (*ignored, f"{logs}/*") for word in ("--exclude", pattern)]
             command = shlex.join(["hf", "upload", run.repo_id, str(run.output_dir), ".", *exclude])
@@ -1250,32 +1165,27 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if hidden else super()._get_help_string(action)
 
 
-def number(kind=float, **limits):
-    """An argparse type: a finite number of this `kind` within limits, such as `at_least=0, below=1`."""
-    holds = {"at_least": operator.ge, "above": operator.gt, "below": operator.lt, "at_most": operator.le}
+def number(kind=float, at_least=-math.inf, above=-math.inf, below=2**63):
+    """An argparse type: a number of this `kind` within these limits, of which NaN is in none."""
 
     def convert(text):
         value = kind(text)
-        if not math.isfinite(value) or not all(holds[name](value, limit) for name, limit in limits.items()):
-            words = " and ".join(f"{name.replace('_', ' ')} {limit}" for name, limit in limits.items())
-            raise argparse.ArgumentTypeError(f"must be {words or 'finite'}, but is {text}")
+        if not (at_least <= value and above < value < below and abs(value) < 2**63):
+            limits = {"at least": at_least, "above": above, "below": below}
+            words = " and ".join(f"{name} {limit}" for name, limit in limits.items() if abs(limit) < 2**63)
+            raise argparse.ArgumentTypeError(f"must be {words or 'finite'}, but is {value}")
         return value
 
-    convert.__name__ = "whole number" if kind is int else "number"  # in argparse's "invalid ... value"
+    convert.__name__ = "whole number" if kind is int else "number"  # as argparse names it
     return convert
 
 
 def parse_args(input_args=None):
-    parser = argparse.ArgumentParser(
-        description="Fine-tune the low-noise expert of Wan2.2 for text-to-image with SRPO.",
-        usage="accelerate launch --config_file F %(prog)s --pretrained_model_name_or_path M --dataset_name D [...]",
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
-    )
+    usage = "accelerate launch --config_file F %(prog)s --pretrained_model_name_or_path M --dataset_name D [...]"
+    parser = argparse.ArgumentParser(usage=usage, formatter_class=HelpFormatter, allow_abbrev=False)
     count, positive, guidance = number(int, at_least=1), number(above=0), number(at_least=1)
     from_0, share, index = number(at_least=0), number(at_least=0, below=1), number(int, at_least=0)
     grid, ratio, extra = number(int, at_least=2 * POSITION_MARGIN), number(above=0, below=1), number(above=-1)
-    # fmt: off
     add = parser.add_argument_group("model and data").add_argument
     add("--pretrained_model_name_or_path", required=True, help="Path to pretrained model or model identifier.")
     add("--revision", help="Revision of pretrained model identifier from huggingface.co/models.")
@@ -1365,20 +1275,11 @@ def parse_args(input_args=None):
     add("--hub_private_repo", action="store_true", help="Whether to create the repository as private.")
     strategies = {"choices": ["end", "checkpoint", "branch"], "default": "end"}
     add("--hub_strategy", **strategies, help="Push at the end, or at checkpoints too, or those to branches `step-N`.")
-    # fmt: on
     args, unknown = parser.parse_known_args(input_args)
     if unknown:  # without their values, since one may be a token
         names = " ".join(word.split("=")[0] for word in unknown if word.startswith("-")) or "a value without a flag"
         parser.error(f"unknown arguments: {names}. See --help; tokens come from `hf auth login` or HF_TOKEN.")
-    check_flags(args, parser)
-    if args.lora_rank is not None:
-        args.lora_alpha, args.lora_dropout = args.lora_alpha or args.lora_rank, args.lora_dropout or 0.0
-        args.lora_target_modules = sorted(args.lora_target_modules or LORA_TARGET_MODULES)
-    return args
-
-
-def check_flags(args, parser):
-    """Refuses flags that contradict each other, or that mean nothing beside the others."""
+    # Flags that contradict each other, or that mean nothing beside the others.
     (first, last), reuses, steps = args.train_timestep, args.updates_per_rollout, args.max_train_steps
     positive, negative = ({w.strip().lower() for w in words} for words in (args.positive_words, args.negative_words))
     trackers = ["all", "none", *map(str, get_available_trackers())]
@@ -1392,7 +1293,7 @@ def check_flags(args, parser):
         (steps % reuses, "max_train_steps", multiple),
         (positive & negative, "positive_words", "has a word of `--negative_words`, which has no meaning"),
         (args.lr_warmup_steps > steps, "lr_warmup_steps", f"must be at most `--max_train_steps {steps}`"),
-        (Path(args.logging_dir).name != args.logging_dir, "logging_dir", "must be a name, not a path"),
+        (args.logging_dir == ".." or Path(args.logging_dir).name != args.logging_dir, "logging_dir", "is not a name"),
         (args.report_to not in trackers, "report_to", f"needs `pip install {args.report_to}`"),
         (args.optimizer == "adamw_8bit" and no_torchao, "optimizer", "needs `pip install torchao`"),
         (args.push_to_hub and not huggingface_hub.get_token(), "push_to_hub", "needs `hf auth login` or HF_TOKEN"),
@@ -1414,15 +1315,20 @@ def check_flags(args, parser):
         for name in names.split():
             if pointless and vars(args)[name] != parser.get_default(name):
                 parser.error(f"`--{name}` {why}.")
+    if args.lora_rank is not None:
+        args.lora_alpha, args.lora_dropout = args.lora_alpha or args.lora_rank, args.lora_dropout or 0.0
+        args.lora_target_modules = sorted(args.lora_target_modules or LORA_TARGET_MODULES)
+    return args
 
 
 @contextmanager
 def input_error(cause):
-    """Turns whatever a library says of unreadable input into a `ValueError` of one line that begins with `cause`."""
+    """Turns whatever is said of bad input into a `ValueError` of one line, not too long, that begins with `cause`."""
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{cause}: {' '.join(str(error).split())}") from error
+        message = " ".join(f"{cause}: {error}".split())
+        raise ValueError(message if len(message) < 900 else f"{message[:600]} ... {message[-290:]}") from error
 
 
 @contextmanager
@@ -1457,10 +1363,11 @@ def read_model_info(args):
     names, flag = ("revision", "variant", "cache_dir"), f"`--pretrained_model_name_or_path {path}`"
     source = {"pretrained_model_name_or_path": path, **{name: getattr(args, name) for name in names}}
     with input_error(f"{flag} is not a Wan pipeline in the layout of diffusers"), torch.device("meta"):
-        index = diffusers.WanPipeline.load_config(**source)
+        index = dict(diffusers.WanPipeline.load_config(**source))
         scheduler = diffusers.UniPCMultistepScheduler.load_config(**source, subfolder="scheduler")
         vae = diffusers.AutoencoderKLWan.from_config(diffusers.AutoencoderKLWan.load_config(**source, subfolder="vae"))
-    two_experts, boundary_ratio = index.get("transformer_2", [None, None])[1] is not None, index.get("boundary_ratio")
+        two_experts = index.get("transformer_2", [None, None])[1] is not None
+    boundary_ratio = index.get("boundary_ratio")
     if expert != EXPERTS[two_experts]:
         found = "two experts" if two_experts else "no `transformer_2`, only one expert"
         raise ValueError(f"{flag} has {found}: train it with `--transformer_subfolder {EXPERTS[two_experts]}`.")
@@ -1469,6 +1376,9 @@ def read_model_info(args):
     with input_error(f"{flag} lacks the model in `{expert}`"), torch.device("meta"):
         config = diffusers.WanTransformer3DModel.load_config(**source, subfolder=expert)
         transformer = diffusers.WanTransformer3DModel.from_config(config)
+    if (channels := transformer.config.in_channels) != vae.config.z_dim:
+        problem = f"is not for text to video: `{expert}` takes {channels} channels"
+        raise ValueError(f"{flag} {problem}, and the VAE makes {vae.config.z_dim}.")
     settings = index.get("expand_timesteps", False), scheduler.get("flow_shift", 1.0)
     return ModelInfo(source, expert, boundary_ratio if two_experts else None, *settings, transformer, vae)
 
@@ -1478,12 +1388,9 @@ def check_flags_for_model(args, model):
     steps, (first, last), boundary = args.num_inference_steps, args.train_timestep, model.boundary_ratio
     schedule = shift_sigmas(torch.linspace(1, 0, steps + 1), args.shift)
     if boundary is not None and schedule[first] > boundary + 1e-6:
-        lowest, window = int((schedule > boundary + 1e-6).sum()), f"`--train_timestep {first} {last}`"
-        problem = (
-            f"{window} starts at sigma {schedule[first]:.3f}, above the boundary {boundary} of the low-noise expert"
-        )
-        advice = f"largest valid window of this schedule is `--train_timestep {lowest} {steps}`"
-        raise ValueError(f"{problem}, which sees no such noise. The {advice}.")
+        problem = f"`--train_timestep {first} {last}` starts at sigma {schedule[first]:.3f}, above {boundary}"
+        largest = f"`--train_timestep {int((schedule > boundary + 1e-6).sum())} {steps}`"
+        raise ValueError(f"{problem}, the boundary of this expert. The largest valid window is {largest}.")
     if args.rollout_start == "boundary" and boundary is None:
         raise ValueError("`--rollout_start boundary` needs a model of two experts; this one has no boundary.")
     scale, (_, *patch) = model.vae.config.scale_factor_spatial, model.transformer.config.patch_size
@@ -1497,62 +1404,6 @@ def check_flags_for_model(args, model):
             raise ValueError(f"`--lora_target_modules`: the transformer has no layer `{name}`.")
     with input_error("`--lora_target_modules` must name linear layers"), torch.device("meta"):
         set_up_transformer(copy.deepcopy(model.transformer), args)
-
-
-def weight_files(source, subfolder, stem, layer=None):
-    """The paths of the safetensors files of a model, downloaded if need be: `{stem}.safetensors` or its shards, or the
-    one that holds the tensor `layer`. `source` are the arguments of `from_pretrained` that say where the model is."""
-    path, variant = source["pretrained_model_name_or_path"], source.get("variant")
-    options = {name: value for name, value in source.items() if name in ("revision", "cache_dir")}
-    cached = partial(transformers.utils.cached_file, path, subfolder=subfolder, **options)
-    suffix = f".{variant}" if variant else ""
-    index = cached(f"{stem}.safetensors.index{suffix}.json", _raise_exceptions_for_missing_entries=False)
-    if index is None:
-        return [cached(f"{stem}{suffix}.safetensors")]
-    shards = json.loads(Path(index).read_text())["weight_map"]
-    return [cached(shard) for shard in sorted({shards[layer]} if layer else set(shards.values()))]
-
-
-def weights_fingerprint(source, subfolder, stem, layer):
-    """Identifies a model by the weights of one `layer`, wherever they lie. Only that tensor is read. See
-    [`weight_files`] and [`fingerprint`]."""
-    (file,) = weight_files(source, subfolder, stem, layer)
-    with safe_open(file, framework="pt") as weights:
-        return fingerprint(weights.get_tensor(layer))
-
-
-def fingerprint(tensor):
-    """The first 16 hex digits of the SHA-256 of the little-endian bytes of a tensor in bfloat16."""
-    return hashlib.sha256(tensor.to(torch.bfloat16).view(torch.int16).numpy().tobytes()).hexdigest()[:16]
-
-
-def read_shapes(files):
-    """{name: shape} of the tensors in safetensors files. Only the heads of the files are read."""
-    shapes = {}
-    for file in files:
-        with input_error(f"`{file}` is not a whole safetensors file"), safe_open(file, framework="pt") as head:
-            shapes |= {name: tuple(head.get_slice(name).get_shape()) for name in head.keys()}
-    return shapes
-
-
-def check_weights(model, found):
-    """Compares {name: shape} `found` in files with a model, e.g. on the meta device; `ValueError` if they differ."""
-    names = {}  # names of the same tensor: one of them is enough
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        names.setdefault(id(tensor), []).append(name)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    missing = [same[0] for same in names.values() if not found.keys() & set(same)]
-    other = [name for name in found if name in expected and found[name] != expected[name]]
-    unknown = [name for name in found if name not in expected and "position_ids" not in name]
-    for what, tensors in (("lack", missing), ("have other shapes of", other), ("have unknown", unknown)):
-        if tensors:
-            raise ValueError(f"the weights {what} {len(tensors)} tensors, such as `{min(tensors)}`")
-
-
-def require_finite(model, flag):
-    """Refuses a model that was just loaded if one of its weights is NaN or infinite; `flag` says whence."""
-    if bad := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
-        raise ValueError(f"{flag}: the weights of `{bad[0]}` are NaN or infinite. Download them again.")
 
 
 def check_model_files(model):
@@ -1576,6 +1427,7 @@ def check_dataset(args, model):
             raise ValueError(f"{name} was not made by embed_prompts.py: it lacks rows or columns in `{split}`.")
     with input_error(f"`--pretrained_model_name_or_path {path}` lacks the text encoder to compare {name} with"):
         encoder = weights_fingerprint(model.source, "text_encoder", TRANSFORMERS_STEM, TEXT_ENCODER_LAYER)
+    model_of = f"`{path}` with `--max_sequence_length {args.max_sequence_length}`"
     for rows in dataset.values():
         for what, found, expected in (
             ("size", {np.shape(rows[0]["prompt_embeds"])[-1]}, model.transformer.config.text_dim),
@@ -1583,13 +1435,12 @@ def check_dataset(args, model):
             ("the text encoder", set(rows.unique("text_encoder_fingerprint")), encoder),
         ):
             if found != {expected}:
-                problem = f"{name} holds embeddings of {what} {', '.join(map(str, found))}, but `{path}` with "
-                problem += f"`--max_sequence_length {args.max_sequence_length}` needs {expected}"
-                raise ValueError(f"{problem}. Embed the captions again for this model.")
+                problem = f"{name} holds embeddings of {what} {', '.join(map(str, found))}, but {model_of}"
+                raise ValueError(f"{problem} needs {expected}. Embed the captions again for this model.")
     captions = {caption for rows in dataset.values() for caption in rows["caption"]}
-    if lacking := [prompt for prompt in args.validation_prompts or () if prompt not in captions]:
-        problem = f"`--validation_prompts`: {name} has no embedding of {lacking[0]!r}"
-        raise ValueError(f"{problem}. Give it to `embed_prompts.py --validation_prompts`.")
+    for prompt in args.validation_prompts or ():
+        if prompt not in captions:
+            raise ValueError(f"`--validation_prompts`: {name} has no {prompt!r}. Embed it with embed_prompts.py.")
     if args.rollout_start == "boundary":
         rows, wanted = dataset["train"], {**vars(args), "rollout_shift": args.rollout_shift or model.flow_shift}
         lacking = {*BOUNDARY_COLUMNS, "boundary_settings"} - set(rows.column_names)
@@ -1603,16 +1454,6 @@ def check_dataset(args, model):
     return dataset
 
 
-def check_tokenizer(path, texts, vocab_size):
-    """Refuses a tokenizer without its files, for which transformers would make one that knows no words."""
-    find = partial(transformers.utils.cached_file, path, _raise_exceptions_for_missing_entries=False)
-    if not (find("tokenizer.json") or (find("vocab.json") and find("merges.txt"))):
-        raise ValueError("it has neither `tokenizer.json` nor `vocab.json` and `merges.txt`")
-    tokens = transformers.CLIPProcessor.from_pretrained(path).tokenizer([*texts]).input_ids
-    if len({*map(tuple, tokens)}) < len(texts) or max(map(max, tokens)) >= vocab_size:
-        raise ValueError("its tokenizer is not that of the model, or the same for different control words")
-
-
 def check_reward(args):
     """Fills in defaults of the reward's paths. Refuses a checkpoint that is missing or of another architecture.
     Returns the [`fingerprint`] of a layer."""
@@ -1621,8 +1462,7 @@ def check_reward(args):
             path = args.reward_model_path or huggingface_hub.hf_hub_download(HPS_REPOSITORY, HPS_FILE)
         args.reward_model_path, flag = path, f"`--reward_model_path {path}`"
         if not Path(path).is_file():
-            download = f"hf download {HPS_REPOSITORY} {HPS_FILE} --local-dir ."
-            raise ValueError(f"{flag} is not a file. Download it with `{download}`.")
+            raise ValueError(f"{flag} is not a file. Run `hf download {HPS_REPOSITORY} {HPS_FILE} --local-dir .`")
         with input_error(f"{flag} is not a checkpoint with a `state_dict`"):
             weights = HPSReward.read_weights(path)
             shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
@@ -1635,37 +1475,44 @@ def check_reward(args):
     if (path := args.reward_model_path) is None:
         raise ValueError("`--reward_model CLIP` needs `--reward_model_path`, the folder or Hub id of a CLIPModel.")
     args.reward_processor_path = processor = args.reward_processor_path or path
-    where = {"pretrained_model_name_or_path": path}, "", TRANSFORMERS_STEM
     with input_error(f"`--reward_model_path {path}` is not the folder or Hub id of a CLIPModel"):
         config = transformers.AutoConfig.from_pretrained(path)
         if config.model_type != "clip":
             raise ValueError(f"it is of type `{config.model_type}`, and {args.reward_model} needs type `clip`")
+        where = {"pretrained_model_name_or_path": path}, "", TRANSFORMERS_STEM
         with torch.device("meta"):
             check_weights(transformers.CLIPModel(config), read_shapes(weight_files(*where)))
     with input_error(f"`--reward_processor_path {processor}` is not the folder or Hub id of a whole processor"):
-        check_tokenizer(processor, {*args.positive_words, *args.negative_words}, config.text_config.vocab_size)
+        # Without these files transformers makes a tokenizer of its own, which knows no words.
+        find = partial(transformers.utils.cached_file, processor, _raise_exceptions_for_missing_entries=False)
+        if not (find("tokenizer.json") or (find("vocab.json") and find("merges.txt"))):
+            raise ValueError("it has neither `tokenizer.json` nor `vocab.json` and `merges.txt`")
+        words = {*args.positive_words, *args.negative_words}
+        tokens = transformers.CLIPProcessor.from_pretrained(processor).tokenizer([*words]).input_ids
+        if len({*map(tuple, tokens)}) < len(words) or max(map(max, tokens)) >= config.text_config.vocab_size:
+            raise ValueError("its tokenizer is not the model's, or makes the same of different control words")
     return weights_fingerprint(*where, f"{REWARD_LAYER}.weight")
 
 
-def check_output_dir(args):
+def check_output_dir(output, resume_from, overwrite, inputs):
     """Refuses to write into a folder that is in use for something else, or that holds an input of the run; and a
     checkpoint to resume from that is not there."""
-    output, resume_from, flag = Path(args.output_dir), args.resume_from_checkpoint, f"`--output_dir {args.output_dir}`"
+    flag = f"`--output_dir {output}`"
     with input_error(f"{flag} cannot be used"):
         found = {path.name for path in output.iterdir()} if os.path.lexists(output) else set()
-    for name in PATH_FLAGS:
-        path = Path(vars(args)[name] or os.devnull).resolve()
-        if path.exists() and output.resolve() in (path, *path.parents):
+        saved, is_named = list_checkpoints(output), resume_from not in (None, "latest")
+    for name, path in inputs.items():
+        path = Path(path or os.devnull).resolve()
+        if os.path.exists(path) and output.resolve() in (path, *path.parents):
             raise ValueError(f"`--{name} {path}` lies in {flag}. Choose another folder to write to.")
-    saved, is_named = list_checkpoints(output), resume_from not in (None, "latest")
-    if is_named and (resume_from.endswith(".unfinished") or not Path(resume_from, STATE_FILE).is_file()):
-        advice = f"`output_dir` has {', '.join(map(str, saved)) or 'none'}"
-        raise ValueError(f"`--resume_from_checkpoint {resume_from}` is not a complete checkpoint; {advice}.")
+    if is_named and (resume_from.endswith(".unfinished") or not os.path.isfile(Path(resume_from, STATE_FILE))):
+        has = f"`output_dir` has {', '.join(map(str, saved)) or 'none'}"
+        raise ValueError(f"`--resume_from_checkpoint {resume_from}` is not a complete checkpoint; {has}.")
     if found and MARKER not in found:
         raise ValueError(f"{flag} is not empty, and not the folder of a run. Choose another.")
     if resume_from == "latest" and not saved and found & {*EXPERTS, LORA_FILE}:
         raise ValueError(f"{flag} has results, but no checkpoint to resume from. Choose another.")
-    if found - {MARKER} and not (resume_from or args.overwrite_output_dir):
+    if found - {MARKER} and not (resume_from or overwrite):
         advice = "continue its run with `--resume_from_checkpoint latest`, or delete it with `--overwrite_output_dir`"
         raise ValueError(f"{flag} is not empty. Choose another, {advice}.")
 
@@ -1673,10 +1520,7 @@ def check_output_dir(args):
 def check_deepspeed(args, config, num_processes):
     """Refuses a DeepSpeed file that contradicts the flags, and flags that DeepSpeed cannot follow."""
     if args.optimizer == "adamw_8bit" or args.base_weights == "fp8":
-        problem = (
-            "`--optimizer adamw_8bit` and `--base_weights fp8` need a configuration without DeepSpeed, which joins"
-        )
-        raise ValueError(f"{problem} and casts all weights alike.")
+        raise ValueError("`--optimizer adamw_8bit` and `--base_weights fp8` need a configuration without DeepSpeed.")
     if args.compile and config["zero_optimization"]["stage"] == 3:
         raise ValueError("`--compile` needs whole weights; under ZeRO-3 they come and go while a block runs.")
     if section := {"optimizer", "scheduler"} & config.keys():
@@ -1701,74 +1545,62 @@ def make_accelerator(args):
     console.setLevel(logging.INFO)
     logging.basicConfig(format=LOG_FORMAT, datefmt="%m/%d/%Y %H:%M:%S", handlers=[console])
     logger.setLevel(logging.DEBUG)
-    for library in (transformers, diffusers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
     set_seed(args.seed)
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
         torch.use_deterministic_algorithms(True)
         torch.backends.cuda.enable_mem_efficient_sdp(False)  # attention whose gradient is not deterministic
         torch.backends.cuda.enable_cudnn_sdp(False)
-    if args.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     on_cpu, uses_deepspeed = not torch.accelerator.is_available(), os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    os.environ |= {"DS_ACCELERATOR": "cpu"} if on_cpu else {}  # DeepSpeed would warn that it chose it
     # The others wait while one process downloads or writes a model. On CPUs DeepSpeed must not look for NCCL.
     group = {"timeout": timedelta(hours=2), **({"backend": "gloo"} if on_cpu and uses_deepspeed else {})}
+    options = {"cpu": on_cpu and not uses_deepspeed, "kwargs_handlers": [InitProcessGroupKwargs(**group)]}
+    options["project_config"] = ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir)))
+    options["log_with"] = None if args.report_to == "none" else args.report_to
+    options["gradient_accumulation_steps"] = args.gradient_accumulation_steps
+    options["step_scheduler_with_optimizer"] = False  # the rate follows updates, not updates times processes
     file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     with input_error(f"`accelerate launch` and its configuration files (DeepSpeed: `{file}`) cannot be used together"):
-        accelerator = Accelerator(
-            log_with=None if args.report_to == "none" else args.report_to,
-            cpu=on_cpu and not uses_deepspeed,
-            kwargs_handlers=[InitProcessGroupKwargs(**group)],
-            project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir))),
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
-            step_scheduler_with_optimizer=False,  # the rate follows updates, not updates times processes
-        )
+        accelerator = Accelerator(**options)
     if accelerator.mixed_precision == "fp16":
         raise ValueError("`mixed_precision: fp16` is too narrow for Wan's transformer. Use bf16.")
     if accelerator.deepspeed_plugin:
         config = accelerator.deepspeed_plugin.deepspeed_config
         check_deepspeed(args, config, accelerator.num_processes)
         # "auto" in the JSON would become 1.0, whatever `--max_grad_norm` says, and DeepSpeed does the clipping.
-        config["gradient_clipping"] = args.max_grad_norm
-        config["train_micro_batch_size_per_gpu"] = args.train_batch_size
+        config |= {"gradient_clipping": args.max_grad_norm, "train_micro_batch_size_per_gpu": args.train_batch_size}
         # Under ZeRO-3 transformers would partition the reward model as it loads it; frozen models stay whole.
         transformers.integrations.unset_hf_deepspeed_config()
     return accelerator
 
 
 def make_run(accelerator, args, model, dtype, dataset, hashes):
-    """The [`Run`] of the flags. What decides its result is flags, captions, and models by their `hashes`."""
-    engine, masters, bytes_per_weight = "without DeepSpeed", "bf16_master_weights_and_grads", 12
+    """The [`Run`] of the flags, with its repository on the Hub. What decides its result is flags, captions, and models
+    by their `hashes`."""
+    engine, bytes_per_weight = "without DeepSpeed", 4.1 if args.optimizer == "adamw_8bit" else 12
     if accelerator.deepspeed_plugin:
-        config = accelerator.deepspeed_plugin.deepspeed_config
-        zero, has_masters = config["zero_optimization"], config.get("bf16", {}).get(masters, False)
-        options = [name for name in ("offload_param", "offload_optimizer") if name in zero]
-        engine = ", ".join([f"ZeRO-{zero['stage']}", *options, *([masters] if has_masters else [])])
-        bytes_per_weight = 8 if has_masters else 14
-    bytes_per_weight = 4.1 if args.optimizer == "adamw_8bit" else bytes_per_weight
+        config, masters = accelerator.deepspeed_plugin.deepspeed_config, "bf16_master_weights_and_grads"
+        zero, masters = config["zero_optimization"], [masters] if config.get("bf16", {}).get(masters) else []
+        offloads = [name for name in ("offload_param", "offload_optimizer") if name in zero]
+        engine, bytes_per_weight = ", ".join([f"ZeRO-{zero['stage']}", *offloads, *masters]), 8 if masters else 14
     with torch.device("meta"):
-        parts = set_up_transformer(copy.deepcopy(model.transformer), args).parameters()
-    size = bytes_per_weight * sum(part.numel() for part in parts if part.requires_grad)
-    texts = json.dumps([list(rows["caption"]) for rows in dataset.values()])
+        weights = set_up_transformer(copy.deepcopy(model.transformer), args).parameters()
+    size = bytes_per_weight * sum(weight.numel() for weight in weights if weight.requires_grad)
+    captions = json.dumps([list(rows["caption"]) for rows in dataset.values()]).encode()
     identity = {"engine": engine, "mixed_precision": accelerator.mixed_precision, **hashes}
-    identity |= {
-        "num_processes": accelerator.num_processes,
-        "dataset": hashlib.sha256(texts.encode()).hexdigest()[:16],
-    }
+    identity |= {"num_processes": accelerator.num_processes, "dataset": hashlib.sha256(captions).hexdigest()[:16]}
     identity |= {name: value for name, value in vars(args).items() if name not in (*FREE_FLAGS, *PATH_FLAGS)}
     if not args.lr_scheduler.startswith("constant"):
         identity["max_train_steps"] = args.max_train_steps
-    repo_id, two_experts = args.hub_model_id or Path(args.output_dir).resolve().name, model.boundary_ratio is not None
-    return Run(Path(args.output_dir), vars(args), model.expert, two_experts, dtype, identity, size, repo_id)
-
-
-def create_repository(run):
-    """Makes the repository on the Hub that results are pushed to. Returns the [`Run`] with its full name."""
-    options = {"private": run.flags["hub_private_repo"], "exist_ok": True}
-    with input_error(f"`--push_to_hub` cannot create `{run.repo_id}`; see `--hub_model_id`, and `hf auth whoami`"):
-        return run._replace(repo_id=with_retries(lambda: huggingface_hub.create_repo(run.repo_id, **options)).repo_id)
+    repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
+    if args.push_to_hub and accelerator.is_main_process:
+        options = {"repo_id": repo_id, "private": args.hub_private_repo, "exist_ok": True}
+        with input_error(f"`--push_to_hub` cannot create `{repo_id}`; see `--hub_model_id`, and `hf auth whoami`"):
+            repo_id = with_retries(lambda: huggingface_hub.create_repo(**options)).repo_id
+    return Run(Path(args.output_dir), vars(args), model.expert, dtype, identity, size, repo_id)
 
 
 def catch_signals(handler, _worker=None):
@@ -1781,14 +1613,12 @@ def remember_signal(received, speaks, number, _frame):
     """What a signal does. Before the first update, when `received` is empty, it ends the run; later the update at hand
     is finished and saved first, except that a second Ctrl-C ends the run at once, as if it were killed."""
     again = number == signal.SIGINT in received
-    what = "the update at hand will be finished and saved; Ctrl-C again ends at once"
-    message = f"\n{signal.Signals(number).name}: {'the run has ended' if again or not received else what}.\n"
+    what = "the run ends" if again or not received else "this update will be finished and saved; Ctrl-C again ends now"
+    message = f"\n{signal.Signals(number).name}: {what}.\n"
     if speaks:
         os.write(sys.stderr.fileno(), message.encode())  # a handler must not print
-    if again:
-        os._exit(128 + number)
-    if not received:
-        raise SystemExit(128 + number)
+    if again or not received:
+        (os._exit if again else sys.exit)(128 + number)
     received.append(number)
 
 
@@ -1813,13 +1643,13 @@ def load_models(accelerator, args, model, dtypes, negative_prompt_embeds):
     """The [`Models`] of the flags; see [`choose_dtypes`] for `dtypes`."""
     device, (weight_dtype, transformer_dtype) = accelerator.device, dtypes
     vae = diffusers.AutoencoderKLWan.from_pretrained(**model.source, subfolder="vae", dtype=weight_dtype)
+    expert = {**model.source, "subfolder": model.expert, "dtype": transformer_dtype}
+    transformer = diffusers.WanTransformer3DModel.from_pretrained(**expert)
     options = {"device": device, "dtype": torch.bfloat16 if args.reward_dtype == "bf16" else torch.float32}
     kind = HPSReward if args.reward_model == "HPS" else partial(CLIPReward, processor_path=args.reward_processor_path)
     reward = kind(args.reward_model_path, **options)
-    expert = {**model.source, "subfolder": model.expert, "dtype": transformer_dtype}
-    transformer = diffusers.WanTransformer3DModel.from_pretrained(**expert)
-    for flag, module in zip((*PATH_FLAGS[:1] * 2, "reward_model_path"), (vae, transformer, reward), strict=True):
-        require_finite(module, f"`--{flag} {vars(args)[flag]}`")
+    for name, module in {PATH_FLAGS[0]: torch.nn.ModuleList([vae, transformer]), "reward_model_path": reward}.items():
+        require_finite(module, f"`--{name} {vars(args)[name]}`")
     flatten_vae(vae).requires_grad_(False).eval().to(device)
     torch.manual_seed(args.seed)  # all processes make the same LoRA
     keep_rotary_tables(set_up_transformer(transformer, args), device)
@@ -1837,19 +1667,19 @@ def make_optimizer(args, parameters):
     if args.optimizer == "adamw_8bit":
         # An update of 5e-6 is less than half a bf16 unit of most weights: rounded to the nearest, it would be lost.
         optimizer = partial(torchao_optim.AdamW8bit, bf16_stochastic_round=True)
-    betas = (args.adam_beta1, args.adam_beta2)
-    return optimizer(parameters, args.learning_rate, betas, args.adam_epsilon, args.adam_weight_decay)
+    adam = (args.adam_beta1, args.adam_beta2), args.adam_epsilon, args.adam_weight_decay
+    return optimizer(parameters, args.learning_rate, *adam)
 
 
 def make_validation(args, dataset, collate, model):
     """The [`Validation`] of the flags, or `None` if nothing is to be painted. It needs no text encoder."""
+    train = dataset["train"]["caption"]
     rows = {row["caption"]: row for row in dataset.get("validation", ())}
-    captions = list(rows) or list(dict.fromkeys(dataset["train"]["caption"]))[:4]
+    captions = list(rows) or list(dict.fromkeys(train))[:4]
     captions = captions if args.validation_prompts is None else args.validation_prompts
     if not captions:
         return None
-    numbers = {caption: index for index, caption in enumerate(dataset["train"]["caption"])}
-    rows = [rows.get(caption) or dataset["train"][numbers[caption]] for caption in captions]
+    rows = [rows.get(caption) or dataset["train"][list(train).index(caption)] for caption in captions]
     scheduler = diffusers.UniPCMultistepScheduler.from_pretrained(**model.source, subfolder="scheduler")
     solver = Solver(scheduler, args.num_inference_steps, args.validation_guidance_scale)
     shape, folder = model.latent_shape(args.validation_size, args.validation_size), Path(args.output_dir, "images")
@@ -1860,21 +1690,20 @@ def make_validation(args, dataset, collate, model):
 def skip_update(accelerator, recipe, rollouts, run, state):
     """Names captions and noise levels of an update that was left out because loss or gradient was not finite, in
     `train.log` and in a file. Ends the program if there were too many."""
-    state.skipped, rows = state.skipped + 1, []
+    state.skipped, rows, file = state.skipped + 1, [], run.output_dir / SKIPPED_FILE
     for rollout in rollouts:
         branches = plan_update(recipe, state.step - 1, rollout.samples).branches
         levels = {each.name: [each.sigma_from.tolist(), each.sigma_to.tolist()] for each in branches}
         rows.append(json.dumps({"step": state.step, "captions": rollout.captions, **levels}) + "\n")
-    rows, file = gather_object(rows), run.output_dir / SKIPPED_FILE
-    problem = f"Update {state.step} is skipped: its loss or gradient is NaN or infinite. See {file}"
-    logger.warning(f"{problem}.")
+    lines, problem = "".join(gather_object(rows)), f"update {state.step} is skipped: loss or gradient is not finite"
+    logger.warning(f"{problem}. See {file}.")
+    logger.debug(lines)
     if accelerator.is_main_process:
-        logger.debug(rows)
         with file.open("a") as stream:
-            stream.writelines(rows)
+            stream.write(lines)
     if state.skipped >= run.flags["max_skipped_updates"]:
         last = (list_checkpoints(run.output_dir) or ["the base model"])[-1]
-        raise SystemExit(f"error: {problem}, and `--max_skipped_updates`. The last good state is {last}.")
+        raise SystemExit(f"error: {problem}. See {file}, and `--max_skipped_updates`. The last good state is {last}.")
 
 
 def gather_means(accelerator, metrics, received):
@@ -1884,14 +1713,6 @@ def gather_means(accelerator, metrics, received):
     gathered = accelerator.gather(torch.stack([*metrics.values(), received])[None])
     *means, received = torch.cat([gathered.mean(0)[:-1], gathered.max(0).values[-1:]]).tolist()
     return dict(zip(metrics, means, strict=True)), int(received)
-
-
-def log_summary(run, state):
-    """Says what came of a run, and where it is."""
-    scores = [f"{row['validation_relative']:.4f}" for row in state.history if "validation_relative" in row]
-    change = f", relative reward {scores[0]} -> {scores[-1]}" if scores else ""
-    logger.info(f"Finished: {state.step} updates, {state.skipped} of them skipped{change}.")
-    logger.info(f"Results are in {run.output_dir}: see README.md, reward.png{', before_after.png' if scores else ''}.")
 
 
 def load_batches(sampler, rows, collate, device, num_workers):
@@ -1905,10 +1726,14 @@ def load_batches(sampler, rows, collate, device, num_workers):
 def main(args):
     signals, stopped_by = [], 0
     catch_signals(partial(remember_signal, signals, int(os.environ.get("RANK", 0)) == 0))
+    for library in (transformers, diffusers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
     with ExitStack() as held:
         # 1. Refuse what cannot succeed before any model is loaded, and hold the output folder until the end.
         with one_line_errors():
-            check_output_dir(args)
+            inputs = {name: vars(args)[name] for name in PATH_FLAGS}
+            check_output_dir(Path(args.output_dir), args.resume_from_checkpoint, args.overwrite_output_dir, inputs)
             model = read_model_info(args)
             check_flags_for_model(args, model)
             dataset = check_dataset(args, model)
@@ -1921,13 +1746,13 @@ def main(args):
             if accelerator.is_main_process:
                 size = 0 if args.overwrite_output_dir else run.checkpoint_size  # overwriting makes room
                 held.enter_context(claim_output_dir(run.output_dir, size))
-                run = create_repository(run) if args.push_to_hub else run
             accelerator.wait_for_everyone()
             # 2. Load models and data. Captions were encoded before, so the text encoder stays on disk.
             collate = partial(collate_fn, max_sequence_length=args.max_sequence_length, dtype=dtypes[1])
             negative = collate([dataset["negative"][0]])["prompt_embeds"].to(device)
             models = load_models(accelerator, args, model, dtypes, negative)
-        recipe, validation = settings_of(Recipe, vars(args)), make_validation(args, dataset, collate, model)
+        recipe = Recipe(**{name: vars(args)[name] for name in Recipe._fields})
+        validation = make_validation(args, dataset, collate, model)
         partition_weights(accelerator, models.transformer, dtypes[0])
         optimizer = make_optimizer(args, models.transformer.parameters())
         transformer, optimizer = accelerator.prepare(models.transformer, optimizer)
@@ -1942,12 +1767,12 @@ def main(args):
             begin_output(run)
         accelerator.wait_for_everyone()
         accelerator.init_trackers(TRACKER_NAME, config={name: str(value) for name, value in vars(args).items()})
-
         # 3. Paint what the base model paints, and go on where a checkpoint stands.
         if checkpoint is not None:
             if validation is not None and not (validation.folder / "step-0" / "scores.json").is_file():
                 validate(accelerator, models, recipe, validation, RunState())
-            load_checkpoint(accelerator, adam, checkpoint, is_lora=args.lora_rank is not None)
+            with one_line_errors():
+                load_checkpoint(accelerator, adam, checkpoint, is_lora=args.lora_rank is not None)
             logger.info(f"Resumed from {checkpoint} at step {state.step}")
         schedule = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
         schedule["last_epoch"] = state.step - 1  # the rate is a function of the step, so no checkpoint holds it
@@ -1964,13 +1789,9 @@ def main(args):
         batches = load_batches(sampler, rows, collate, device, args.dataloader_num_workers)
         held.callback(batches.close)  # ends the processes that load data, which ignore all signals
         samples_per_update = args.train_batch_size * accelerator.num_processes * accumulation
-        window = f"noise levels {recipe.train_sigmas[0]:.3f} to {recipe.train_sigmas[-1]:.3f}"
-        size = f"{samples_per_update} captions of {len(rows)}, on {window}"
-        logger.info(f"Training from update {state.step} to {args.max_train_steps}, each with {size}")
+        logger.info(f"Training to update {args.max_train_steps}, each on {samples_per_update} of {len(rows)} captions")
         progress_bar = tqdm(total=args.max_train_steps, initial=state.step, desc="Steps")
-        # A signal is remembered, so that the update at hand is finished and saved before the run ends.
-        signals.append(0)
-
+        signals.append(0)  # from now on a signal lets the update at hand be finished and saved
         for step in range(state.step, args.max_train_steps):
             started = time.perf_counter()
             group, reuse = divmod(step, reuses)
@@ -2012,14 +1833,16 @@ def main(args):
         progress_bar.close()
         if not stopped_by:
             save_results(accelerator, transformer, run, state)
-        accelerator.end_training()  # the other processes may go; uploads take as long as they take
+        accelerator.end_training()  # the other processes may go, while uploads take as long as they take
         for upload in state.uploads:
             upload.result()
     if stopped_by:
         what = f"Stopped by {signal.Signals(stopped_by).name} after {state.step} updates, which are saved."
         logger.warning(f"{what} Continue with the same command and `--resume_from_checkpoint latest`.")
         raise SystemExit(128 + stopped_by)
-    log_summary(run, state)
+    scores = [f"{row['validation_relative']:.4f}" for row in state.history if "validation_relative" in row]
+    change = f", relative reward {scores[0]} -> {scores[-1]}" if scores else ""
+    logger.info(f"Finished: {state.step} updates, {state.skipped} of them skipped{change}. See {run.output_dir}")
 
 
 if __name__ == "__main__":

@@ -215,7 +215,8 @@ def run_phases(args, model, models, plan):
     """Takes one step of a rollout, one graded pass, back and forth, and paints validation images in one step, all on
     fake tensors. Returns {phase: most bytes beyond weights}, where gradients of weights are dropped as soon as they
     are made, and the bytes that each further block of the transformer keeps from "forward" to "backward"."""
-    recipe, batch = trainer.settings_of(trainer.Recipe, vars(args)), args.train_batch_size
+    recipe = trainer.Recipe(**{name: vars(args)[name] for name in trainer.Recipe._fields})
+    batch = args.train_batch_size
     transformer, tracker, entered = models.transformer, StorageTracker(), []
     for module in filter(None, (transformer, models.base, models.vae, models.reward)):
         list(map(tracker.track, (*module.parameters(), *module.buffers())))
@@ -288,8 +289,16 @@ def count_weights(transformer, layers):
 @contextmanager
 def fake_tensors():
     """Makes tensors that have shapes but no data."""
+
+    def resize_matrix(size, new_size, device):  # the trainer makes it once and keeps it, so it must not be a fake one
+        return torch.empty(new_size, size, device=device)
+
+    patches = (
+        mock.patch.object(torch.nn.Module, "_apply", assign_data),
+        mock.patch.object(trainer, "resize_matrix", resize_matrix),
+    )
     # Noise levels were computed before, and have some.
-    with mock.patch.object(torch.nn.Module, "_apply", assign_data), FakeTensorMode(allow_non_fake_inputs=True):
+    with patches[0], patches[1], FakeTensorMode(allow_non_fake_inputs=True):
         yield
 
 
@@ -299,7 +308,10 @@ def measure(args, launch):
     trainer.check_flags_for_model(args, model)
     layers, empty = model.transformer.config.num_layers, empty_reward(args)
     # Plan and scheduler compute with the values of tensors, which fake ones lack.
-    recipe, scheduler = trainer.settings_of(trainer.Recipe, vars(args)), trainer.make_scheduler("euler", shift=1.0)
+    recipe, scheduler = (
+        trainer.Recipe(**{name: vars(args)[name] for name in trainer.Recipe._fields}),
+        trainer.make_scheduler("euler", shift=1.0),
+    )
     solver = trainer.Solver(scheduler, num_steps=1, guidance_scale=args.rollout_guidance_scale)
     plan = trainer.plan_update(recipe, step=0, samples=range(args.train_batch_size))
     with fake_tensors():

@@ -17,14 +17,13 @@ size in float32. Merging takes the size of the expert in the precision of the ru
 """
 
 import argparse
-import json
-import os
 import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 
 
@@ -62,7 +61,8 @@ class Trained(NamedTuple):
 
 
 def parse_args(input_args=None):
-    parser = argparse.ArgumentParser(description="Turn a checkpoint of a run into what diffusers loads.")
+    description = "Turn a checkpoint of a run into what diffusers or ComfyUI loads."
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     add = parser.add_argument
     source = "Folder checkpoint-N of a run; with --merge or --format comfyui also the folder of a finished run."
     add("checkpoint", help=source)
@@ -90,21 +90,17 @@ def check_flags(args):
 
 
 # ---- What was trained. ----------------------------------------------------------------------------------------------
-def read_state(checkpoint):
-    """What `trainer_state.json` of a checkpoint says. `ValueError` if the checkpoint is incomplete."""
-    problem = f"`{checkpoint}` is not a complete checkpoint of train_srpo_wan_t2i.py; name a folder checkpoint-N"
-    with trainer.input_error(problem):
-        state = json.loads(Path(checkpoint, "trainer_state.json").read_text())
-        kept = {name: state[name] for name in ("global_step", "expert", "config", "lora", "dtype")}
-        base = state["run"]["base model, by a hash of its weights"]
-        return {**kept, "engine": state["run"]["engine"], "base": base}
-
-
 def read_checkpoint(checkpoint):
-    """The [`Trained`] of a checkpoint, complete, in the precision in which they are saved."""
-    state = read_state(checkpoint)
-    with trainer.input_error(f"`{checkpoint}` lacks files, or cannot be read"):
-        if state["engine"].startswith("ZeRO"):
+    """The [`Trained`] of a checkpoint, in the precision in which a run saves it. `ValueError` if it is not whole."""
+    with trainer.input_error(
+        f"`{checkpoint}` is not a complete checkpoint of train_srpo_wan_t2i.py; name a folder checkpoint-N"
+    ):
+        state = trainer.read_state(checkpoint)
+        uses_deepspeed, base = state["run"]["engine"].startswith("ZeRO"), state["run"]["base_model"]
+    if damage := trainer.find_damage(PartialState(cpu=True), checkpoint):
+        raise ValueError(f"`{checkpoint}` is damaged: `{damage}` is not what was saved. Take another checkpoint.")
+    with trainer.input_error(f"`{checkpoint}` cannot be read"), trainer.safe_loading(uses_deepspeed):
+        if uses_deepspeed:
             from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint  # takes seconds
 
             # The tag is the folder that Accelerate lets DeepSpeed write into. Lazy tensors are put together by and by.
@@ -112,13 +108,11 @@ def read_checkpoint(checkpoint):
             weights = get_fp32_state_dict_from_zero_checkpoint(checkpoint, "pytorch_model", **options)
         else:
             weights = load_file(Path(checkpoint, "model.safetensors"))
-    with trainer.input_error(f"`{checkpoint}` is damaged"):
         check_names_and_shapes(weights, state["config"], state["lora"])
-    dtype, what = getattr(torch, state["dtype"]), f"the weights after {state['global_step']} updates"
-    # Copies, because what is put together may be views of one flat tensor, which a file of weights cannot hold.
-    weights = {name: weight.contiguous().detach().to(dtype, copy=True) for name, weight in weights.items()}
-    names = ("config", "lora", "expert", "base")
-    return Trained(weights, dtype, *(state[name] for name in names), what)
+        dtype, what = getattr(torch, state["dtype"]), f"the weights after {state['global_step']} updates"
+        # Copies, because what is put together may be views of one flat tensor, which a file of weights cannot hold.
+        weights = {name: weight.contiguous().detach().to(dtype, copy=True) for name, weight in weights.items()}
+    return Trained(weights, dtype, state["config"], state["lora"], state["expert"], base, what)
 
 
 def read_card(folder):
@@ -139,8 +133,9 @@ def read_finished_lora(folder):
         (dtype,) = {weight.dtype for weight in weights.values()}
         trainer.peft.LoraConfig(**lora)
     checkpoints = trainer.list_checkpoints(folder)  # not there if the folder was downloaded
-    state = read_state(checkpoints[-1]) if checkpoints else {"expert": read_card(folder), "base": None}
-    return Trained(weights, dtype, None, lora, state["expert"], state["base"], "the weights of a finished run")
+    state = trainer.read_state(checkpoints[-1]) if checkpoints else {"expert": read_card(folder), "run": {}}
+    base = state["run"].get("base_model")
+    return Trained(weights, dtype, None, lora, state["expert"], base, "the weights of a finished run")
 
 
 def read_finished_expert(folder, expert):
@@ -156,9 +151,9 @@ def read_finished_expert(folder, expert):
 def read_trained(source, merge, output_format):
     """The [`Trained`] to export, or to `merge`, from the folder of a checkpoint or, if that can be, a finished run."""
     whole = f"`--merge`: `{source}` holds no LoRA, but whole weights, which need no merging"
-    if not Path(source, "trainer_state.json").exists():
+    if not Path(source, trainer.STATE_FILE).exists():
         lora = Path(source, trainer.LORA_FILE).exists()
-        experts = [name for name in ("transformer", "transformer_2") if Path(source, name, "config.json").exists()]
+        experts = [name for name in trainer.EXPERTS if Path(source, name, "config.json").exists()]
         if merge and experts and not lora:
             raise ValueError(f"{whole}: diffusers loads them as they are.")
         if (lora or len(experts) == 1) and not merge and output_format == "diffusers":
@@ -261,8 +256,7 @@ def convert_lora(weights, lora):
 
 
 def save_for_comfyui(trained, output_dir):
-    """Writes a [`Trained`] as one safetensors file with original names; the name of the file says the expert. It is
-    written beside and renamed when complete. Returns the path."""
+    """Writes a [`Trained`] as a safetensors file with original names and the expert in its own; returns the path."""
     if trained.expert is None:
         problem = "which expert the LoRA is for is not known: the run's checkpoints and its README.md are missing"
         raise ValueError(f"`--format comfyui`: {problem}.")
@@ -272,13 +266,9 @@ def save_for_comfyui(trained, output_dir):
         kind, weights = "_lora", convert_lora(trained.weights, trained.lora)
     name = f"srpo_wan2.2_t2v{kind}_low_noise" if trained.expert == "transformer_2" else f"srpo_wan{kind}"
     path = Path(output_dir, f"{name}.safetensors")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    save_file(weights, unfinished, metadata={"format": "pt"})
-    unfinished.chmod(path.parent.stat().st_mode & 0o666)  # safetensors 0.8 lets none but the owner read
-    with open(unfinished, "rb") as file:
-        os.fsync(file.fileno())
-    return unfinished.rename(path)
+    with trainer.written(path, sum(weight.nbytes for weight in weights.values())) as file:
+        save_file(weights, file, metadata={"format": "pt"})
+    return path
 
 
 def main(args):
@@ -288,6 +278,8 @@ def main(args):
         trained = read_trained(args.checkpoint, args.merge, args.format)
         if args.merge:
             trained = merge_lora(args, trained)
+        if bad := [name for name, weight in trained.weights.items() if not weight.isfinite().all()]:
+            raise ValueError(f"`{args.checkpoint}`: the weights of `{bad[0]}` are NaN or infinite.")
         if args.format == "comfyui":
             saved = save_for_comfyui(trained, args.output_dir)
         else:

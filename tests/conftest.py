@@ -270,8 +270,7 @@ def own_signal_handlers():
 # ---- What is refused. -----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def no_loading(monkeypatch):
+def forbid_loading(monkeypatch):
     """A test fails as soon as a model is loaded."""
 
     def fail(*args, **kwargs):
@@ -279,6 +278,11 @@ def no_loading(monkeypatch):
 
     for model_class in (WanPipeline, WanTransformer3DModel, AutoencoderKLWan, CLIPModel, UMT5EncoderModel):
         monkeypatch.setattr(model_class, "from_pretrained", fail)
+
+
+@pytest.fixture
+def no_loading(monkeypatch):
+    forbid_loading(monkeypatch)
 
 
 @pytest.fixture
@@ -291,18 +295,21 @@ def make_flags(tiny_model, tiny_dataset, tiny_reward, tmp_path):
 
 
 @pytest.fixture
-def refusal(make_flags, no_loading, tmp_path, capsys):
+def refusal(make_flags, tmp_path, capsys):
     """
     Function: runs the script with flags that it must refuse, as `accelerate launch` does with those in `launcher`, and
-    returns its message. Fails if a model is loaded, if a file in `tmp_path` changes, or if the message is not one
-    line.
+    returns its message. Fails if a model is loaded, unless it `loads`; if a file in `tmp_path` changes; or if the
+    message is not one line.
     """
     from train_srpo_wan_t2i import main, parse_args
 
-    def refuse(*flags, launcher=CPU):
+    def refuse(*flags, launcher=CPU, loads=False):
         before = snapshot(tmp_path)
-        with pytest.raises(SystemExit) as caught, launched(*launcher.split()):
-            main(parse_args(make_flags(*flags)))
+        with pytest.MonkeyPatch.context() as patch, launched(*launcher.split()):
+            if not loads:
+                forbid_loading(patch)
+            with pytest.raises(SystemExit) as caught:
+                main(parse_args(make_flags(*flags)))
         assert snapshot(tmp_path) == before
         if caught.value.code == 2:  # argparse writes the message itself
             return re.search(r"^\S+: error: (.*)\n\Z", capsys.readouterr().err, re.MULTILINE).group(1)

@@ -146,6 +146,19 @@ def launched(*flags):
                     deepspeed.comm.comm.cdb = None
 
 
+def run_launched(answer, launcher, flags):
+    """Runs the training script, in a process of its own, as `accelerate launch` does with the flags in `launcher`, and
+    sends what it ended with: `None`, or the message or number of a `SystemExit`."""
+    from train_srpo_wan_t2i import main, parse_args
+
+    try:
+        with launched(*launcher.split()):
+            main(parse_args(flags))
+        answer.send(None)
+    except SystemExit as stop:
+        answer.send(stop.code)
+
+
 def run_command(*command, cwd=ROOT, **environment):
     """Runs a command in a new process, without a GPU and without what a launcher says of other processes."""
     rendezvous = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
@@ -203,6 +216,20 @@ def embed_refusal(model, prompts, output_dir, *flags):
         return re.search(r"^\S+: error: (.*)\n\Z", printed.getvalue(), re.MULTILINE).group(1)
     assert re.fullmatch("error: .*", caught.value.code), "one line, which makes Python exit with 1"
     return caught.value.code.removeprefix("error: ")
+
+
+def poison(dataset, caption, folder, bits=0x7FC0):
+    """Writes a dataset to `folder` in which the embedding of a caption begins with these bits of bfloat16, NaN unless
+    they are others; returns `folder`."""
+    splits = load_from_disk(dataset)
+
+    def spoil(row):
+        embeds = [[bits, *row["prompt_embeds"][0][1:]], *row["prompt_embeds"][1:]]
+        return {"prompt_embeds": embeds} if row["caption"] == caption else row
+
+    splits["train"] = splits["train"].map(spoil)
+    splits.save_to_disk(folder)
+    return folder
 
 
 def draw(seed, *shape, dtype=torch.float32):
@@ -309,15 +336,18 @@ def file_hashes(folder):
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def use_card(output_dir, folder, monkeypatch):
-    """Runs the code of the card in `folder`, on the CPU, and returns its variables."""
+def use_card(output_dir, base, folder, monkeypatch):
+    """Runs the code of the card of a run, on the CPU and in `folder`, with the paths of the base model and of the
+    output folder in place of their names; returns its variables."""
     from huggingface_hub import ModelCard
 
     code = re.search(r"```python\n(.*?)```", ModelCard.load(output_dir / "README.md").text, re.DOTALL).group(1)
     monkeypatch.chdir(folder)
     variables = {}
-    code = code.replace(f'"{output_dir.name}"', f'"{output_dir}"').replace('.to("cuda")', '.to("cpu")')
-    exec(compile(code, "README.md", "exec"), variables)
+    for name, path in (("base", base), ("trained", output_dir)):
+        assert code.count(line := f'{name} = "{path.name}"') == 1
+        code = code.replace(line, f'{name} = "{path}"')
+    exec(compile(code.replace('.to("cuda")', '.to("cpu")'), "README.md", "exec"), variables)
     return variables
 
 
@@ -388,12 +418,12 @@ def make_text_encoder(vocab_size=10):
     return {"text_encoder": text_encoder, "tokenizer": T5Tokenizer(vocab=vocab, extra_ids=0)}
 
 
-def make_transformer(num_attention_heads=2, attention_head_dim=12, ffn_dim=32):
+def make_transformer(num_attention_heads=2, attention_head_dim=12, ffn_dim=32, in_channels=4):
     return WanTransformer3DModel(
         patch_size=(1, 2, 2),
         num_attention_heads=num_attention_heads,
         attention_head_dim=attention_head_dim,
-        in_channels=4,
+        in_channels=in_channels,
         out_channels=4,
         text_dim=16,
         freq_dim=16,

@@ -2,9 +2,9 @@
 A Hugging Face Hub on this machine, for tests: a server of model repositories that the real `huggingface_hub` talks to.
 
 It speaks the part of the Hub's protocol that `ROUTES` lists: repositories are created; a commit is prepared (which
-files are large, which have changed), sent, and makes a new revision; large files go the way of git LFS, one PUT for
-each; and every revision can be listed and downloaded. It checks tokens and hashes, and fails when it is told to. It
-knows no Xet (set `HF_HUB_DISABLE_XET=1`), no uploads in parts, no deletions, no branches and no datasets.
+files are large, which have changed), sent, and makes a new revision of a branch; large files go the way of git LFS,
+one PUT for each; and every revision can be listed and downloaded. It checks tokens and hashes, and fails when it is
+told to. It knows no Xet (set `HF_HUB_DISABLE_XET=1`), no uploads in parts, no deletions and no datasets.
 """
 
 import base64
@@ -22,6 +22,7 @@ LOST = "lost"  # a failure of which the client sees a closed connection: its req
 
 ROUTES = {
     "create": "POST /api/repos/create",
+    "branch": "POST /api/models/(?P<repo>.+)/branch/(?P<name>.+)",
     "validate": "POST /api/validate-yaml",
     "preupload": "POST /api/models/(?P<repo>.+)/preupload/(?P<revision>.+)",
     "batch": r"POST /(?P<repo>.+)\.git/info/lfs/objects/batch",
@@ -42,7 +43,11 @@ class Commit(NamedTuple):
 
 class Repository(NamedTuple):
     private: bool
-    commits: list[Commit]  # the first is empty
+    branches: dict[str, list[Commit]]  # of which each begins with the empty commit that made the repository
+
+    @property
+    def commits(self):
+        return self.branches["main"]
 
 
 class Refusal(Exception):
@@ -82,20 +87,21 @@ class Hub(ThreadingHTTPServer):
     def count(self, kind):
         return [asked for asked, _ in self.requests].count(kind)
 
-    def files(self, repo="me/fox"):
-        return self.repositories[repo].commits[-1].files
+    def files(self, repo="me/fox", branch="main"):
+        return self.repositories[repo].branches[branch][-1].files
 
-    def messages(self, repo="me/fox"):
+    def messages(self, repo="me/fox", branch="main"):
         """Of all commits but the one that made the repository."""
-        return [commit.message for commit in self.repositories[repo].commits[1:]]
+        return [commit.message for commit in self.repositories[repo].branches[branch][1:]]
 
     def find(self, repo, revision, token):
         """The commit that a revision means."""
         found = self.repositories.get(repo)
         if found is None or (found.private and token != TOKEN):
             raise Refusal(401, "Repository not found", "RepoNotFound")
-        commits = {commit.oid: commit for commit in found.commits}
-        commits["main"] = commits[None] = found.commits[-1]
+        commits = {commit.oid: commit for branch in found.branches.values() for commit in branch}
+        commits |= {name: branch[-1] for name, branch in found.branches.items()}
+        commits[None] = commits["main"]
         if revision not in commits:
             raise Refusal(404, "Invalid rev id", "RevisionNotFound")
         return commits[revision]
@@ -108,8 +114,15 @@ class Hub(ThreadingHTTPServer):
         url = f"{self.url}/{repo}"
         if repo in self.repositories:
             raise Refusal(409, "You already created this model repo", url=url)
-        self.repositories[repo] = Repository(asked.get("visibility") == "private", [Commit("0" * 40, "created", {})])
+        main = [Commit("0" * 40, "created", {})]
+        self.repositories[repo] = Repository(asked.get("visibility") == "private", {"main": main})
         return {"url": url}
+
+    def branch(self, token, body, repo, name):
+        branches = self.repositories[repo].branches
+        if name in branches:
+            raise Refusal(409, "Reference already exists")
+        branches[name] = list(branches["main"])
 
     def validate(self, token, body):
         return {"errors": [], "warnings": []}
@@ -149,8 +162,10 @@ class Hub(ThreadingHTTPServer):
                 files[file["path"]] = self.objects[file["oid"]]
             else:
                 raise Refusal(400, f"The content of {file['path']} was not uploaded")
-        commits = self.repositories[repo].commits
-        commits.append(Commit(f"{len(commits):040x}", header["value"]["summary"], files))
+        branches = self.repositories[repo].branches
+        oids = {commit.oid for branch in branches.values() for commit in branch}
+        commits = branches[revision]
+        commits.append(Commit(f"{len(oids):040x}", header["value"]["summary"], files))
         return {"commitUrl": f"{self.url}/{repo}/commit/{commits[-1].oid}", "commitOid": commits[-1].oid}
 
     def info(self, token, body, repo, revision):

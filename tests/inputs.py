@@ -1,6 +1,7 @@
 """Files that the scripts read, as tests write and spoil them."""
 
 import csv
+import hashlib
 import json
 
 import yaml
@@ -51,3 +52,11 @@ def save_in_shards(file, max_shard_size="20KB"):
     file.unlink()
     save_torch_state_dict(weights, file.parent, filename_pattern=pattern, max_shard_size=max_shard_size)
     return sorted(file.parent.glob(f"{file.stem}-*.safetensors"))
+
+
+def renew_checksums(checkpoint):
+    """Lists the files of a checkpoint anew, as if it had been saved as it is now; returns it."""
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != "SHA256SUMS")
+    lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(checkpoint)}\n" for path in files]
+    (checkpoint / "SHA256SUMS").write_text("".join(sorted(lines)))
+    return checkpoint

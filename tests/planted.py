@@ -68,7 +68,7 @@ FAULTS = [
     Fault(
         "accumulated gradients are summed, not averaged",
         TRAINER,
-        "accelerator.backward(loss)",
+        "accelerator.backward(loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan))",
         "accelerator.backward(loss * accelerator.gradient_accumulation_steps)",
         ("unit/test_update.py::test_accumulated_rollouts_make_the_update_of_one_large_rollout",),
     ),
@@ -117,8 +117,8 @@ FAULTS = [
     Fault(
         "a resumed run sees the caption before the checkpoint again",
         TRAINER,
-        "numbers = range(state.step // reuses * accumulation, -(-args.max_train_steps // reuses) * accumulation)",
-        "numbers = range(max(0, state.step - 1), -(-args.max_train_steps // reuses) * accumulation)",
+        "numbers = range(state.step // reuses * accumulation, args.max_train_steps // reuses * accumulation)",
+        "numbers = range(max(0, state.step - 1), args.max_train_steps // reuses * accumulation)",
         ("run/test_resuming.py::test_a_checkpoint_can_be_named_and_the_learning_rate_goes_on",),
     ),
 ]

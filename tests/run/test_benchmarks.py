@@ -109,3 +109,66 @@ def test_costs_of_an_effect_are_ratios_of_seconds_and_of_flop(compare_costs):
 def test_an_effect_that_costs_more_of_the_shapes_is_not_compared(compare_costs, plain, fast):
     with pytest.raises(SystemExit, match=rf"not comparable: .* {plain:.3f} and {fast:.3f}"):
         compare_costs(row(12, 60.0, plain), row(16, 5.0, fast), {"plain": 8e12, "fast": 2e12})
+
+
+# ---- A long run stays as it began. ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def soak(measure):
+    return importlib.import_module("soak")
+
+
+def test_a_window_is_what_was_seen_during_its_updates(soak):
+    """The process takes 0.5 s of CPU time for each of four updates, and is looked at twice during each."""
+    looks = [(1, 10.0, 100), (1, 10.2, 300), (2, 10.5, 100), (2, 10.7, 310), (3, 11.0, 120), (4, 11.5, 140)]
+    samples = [soak.Sample(update, cpu, memory, files=4, threads=7) for update, cpu, memory in looks]
+    first, second = soak.make_windows(samples, [1.0, 2.0, 3.0, 5.0], size=2)
+    assert first["update"] == 2 and second["update"] == 4
+    assert first["cpu_seconds"] == second["cpu_seconds"] == pytest.approx(0.5)
+    assert (first["seconds"], second["seconds"]) == (1.5, 4.0)
+    assert (first["memory"], first["peak_memory"]) == (200, 310)
+    assert (second["memory"], second["peak_memory"]) == (130, 140)
+
+
+def soak_windows(**changes):
+    """Three windows that are alike, but for the last one's `changes`."""
+    window = {"cpu_seconds": 0.2, "memory": 1e9, "peak_memory": 1.1e9, "files": 4, "threads": 7}
+    return [{"update": 100, **window}, {"update": 200, **window}, {"update": 300, **window, **changes}]
+
+
+@pytest.mark.parametrize("within", [{"memory": 1.04e9}, {"peak_memory": 1.14e9}, {"cpu_seconds": 0.215}, {"files": 3}])
+def test_a_run_that_stays_as_it_was_has_no_problem(soak, within):
+    assert soak.find_problems(soak_windows(**within), warm_up=100) == []
+
+
+@pytest.mark.parametrize(
+    "changes, problem",
+    [
+        ({"memory": 1.06e9}, "memory varies by 6.0%"),
+        ({"peak_memory": 1.21e9}, "peak memory varies by 10.0%"),
+        ({"cpu_seconds": 0.23}, "the CPU time of an update varies by 15.0%"),
+        ({"files": 5}, "4 files became 5"),
+        ({"threads": 9}, "7 threads became 9"),
+    ],
+)
+def test_what_grows_in_a_run_is_a_problem(soak, changes, problem):
+    assert soak.find_problems(soak_windows(**changes), warm_up=100) == [problem]
+
+
+def test_what_grows_while_a_run_warms_up_is_none(soak):
+    assert soak.find_problems(soak_windows(memory=2e9), warm_up=200) == []
+
+
+@pytest.mark.slow
+def test_a_run_is_watched_from_outside(tmp_path):
+    """At this length nothing is settled yet, so it may find problems."""
+    sizes = "--updates 20 --window 10 --warm_up 0".split()
+    done = run_command(sys.executable, "benchmarks/soak.py", "--output_dir", tmp_path, *sizes)
+    result = json.loads((tmp_path / "soak.json").read_text())
+    assert (done.returncode == 0) == (result["problems"] == []), done.stderr
+    for window, update in zip(result["windows"], (10, 20), strict=True):
+        assert window["update"] == update
+        assert 0 < window["cpu_seconds"] < 10 and 0 < window["seconds"] < 60
+        assert 1e8 < window["memory"] <= window["peak_memory"] < 1e10
+        assert window["files"] >= 3 and window["threads"] >= 1

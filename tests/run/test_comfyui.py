@@ -8,7 +8,6 @@ import re
 import shutil
 from pathlib import Path
 
-import export_checkpoint
 import pytest
 import torch
 from export_checkpoint import main, original_name, parse_args
@@ -384,14 +383,14 @@ def test_a_finished_run_needs_no_export_for_diffusers(kind, refusal, request):
     assert refusal(run, "--format", "diffusers") == f"`{run}` {expected} `--format`."
 
 
-def test_an_unfinished_file_never_has_the_name_of_a_finished_one(plain_run, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_no_file(plain_run, tmp_path, monkeypatch):
     def fail(_file):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(export_checkpoint.os, "fsync", fail)
-    with pytest.raises(OSError, match="No space left"):
-        export(plain_run, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["srpo_wan2.2_t2v_low_noise.unfinished"]
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(SystemExit, match="error: the disk is full: `.*low_noise.safetensors` takes"):
+        export(plain_run, tmp_path / "exported")
+    assert not any((tmp_path / "exported").iterdir())
 
 
 def test_whoever_may_read_the_folder_may_read_the_file(plain_run, tmp_path):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from export_checkpoint import main, parse_args
 from helpers import LORA, ROOT, TWO_PROCESSES, edit_json, file_hashes, load_weights, run_command, same_bits
+from inputs import renew_checksums
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -191,6 +192,7 @@ def test_a_checkpoint_of_a_version_that_wrote_less(refusal, checkpoint, name):
 def set_engine(checkpoint, engine):
     run = json.loads((checkpoint / "trainer_state.json").read_text())["run"]
     edit_json(checkpoint / "trainer_state.json", run={**run, "engine": engine})
+    renew_checksums(checkpoint)
 
 
 def test_a_checkpoint_that_does_not_say_its_engine(refusal, checkpoint):
@@ -200,43 +202,46 @@ def test_a_checkpoint_that_does_not_say_its_engine(refusal, checkpoint):
 
 def test_a_checkpoint_without_its_weights(refusal, checkpoint):
     (checkpoint / "model.safetensors").unlink()
-    assert refusal(checkpoint).startswith(f"`{checkpoint}` lacks files, or cannot be read: ")
+    expected = "is damaged: `model.safetensors` is not what was saved. Take another checkpoint."
+    assert refusal(checkpoint) == f"`{checkpoint}` {expected}"
 
 
 def test_a_checkpoint_whose_weights_are_cut_off(refusal, checkpoint):
     weights = (checkpoint / "model.safetensors").read_bytes()
     (checkpoint / "model.safetensors").write_bytes(weights[: len(weights) // 2])
-    assert refusal(checkpoint).startswith(f"`{checkpoint}` lacks files, or cannot be read: ")
+    expected = "is damaged: `model.safetensors` is not what was saved. Take another checkpoint."
+    assert refusal(checkpoint) == f"`{checkpoint}` {expected}"
 
 
 def edit_weights(checkpoint, edit):
     weights = load_file(checkpoint / "model.safetensors")
     edit(weights)
     save_file(weights, checkpoint / "model.safetensors")
+    renew_checksums(checkpoint)
 
 
 def test_a_checkpoint_that_lacks_a_tensor(refusal, checkpoint):
     edit_weights(checkpoint, lambda weights: weights.pop("blocks.1.attn1.to_q.weight"))
-    expected = "is damaged: the weights lack 1 tensors, such as `blocks.1.attn1.to_q.weight`"
+    expected = "cannot be read: the weights lack 1 tensors, such as `blocks.1.attn1.to_q.weight`"
     assert refusal(checkpoint) == f"`{checkpoint}` {expected}"
 
 
 def test_a_checkpoint_with_a_tensor_of_another_shape(refusal, checkpoint):
     edit_weights(checkpoint, lambda weights: weights.update({"proj_out.bias": torch.zeros(3)}))
-    expected = "is damaged: the weights have other shapes of 1 tensors, such as `proj_out.bias`"
+    expected = "cannot be read: the weights have other shapes of 1 tensors, such as `proj_out.bias`"
     assert refusal(checkpoint) == f"`{checkpoint}` {expected}"
 
 
 def test_a_checkpoint_of_a_lora_that_lacks_a_tensor(refusal, quick_lora, tmp_path):
     checkpoint = Path(shutil.copytree(quick_lora / "checkpoint-2", tmp_path / "checkpoint-2"))
     edit_weights(checkpoint, lambda weights: weights.pop("blocks.0.attn2.to_v.lora_B.default.weight"))
-    expected = "is damaged: the weights lack 1 tensors, such as `blocks.0.attn2.to_v.lora_B.default.weight`"
+    expected = "cannot be read: the weights lack 1 tensors, such as `blocks.0.attn2.to_v.lora_B.default.weight`"
     assert refusal(checkpoint) == f"`{checkpoint}` {expected}"
 
 
 def test_a_checkpoint_of_zero_without_any_shard(refusal, checkpoint):
     set_engine(checkpoint, "ZeRO-2")
-    assert refusal(checkpoint).startswith(f"`{checkpoint}` lacks files, or cannot be read: ")
+    assert refusal(checkpoint).startswith(f"`{checkpoint}` cannot be read: ")
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -247,10 +252,9 @@ def test_a_checkpoint_of_zero_without_the_shard_of_one_process(refusal, checkpoi
     torch.save(model, checkpoint / "pytorch_model/zero_pp_rank_0_mp_rank_00_model_states.pt")
     shard = {"optimizer_state_dict": {"zero_stage": stage, "partition_count": 2}}  # of two, but there is one
     torch.save(shard, checkpoint / "pytorch_model/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    renew_checksums(checkpoint)
     message = refusal(checkpoint)
-    assert message.startswith(
-        f"`{checkpoint}` lacks files, or cannot be read: Expected 2 of '*_optim_states.pt' under"
-    )
+    assert message.startswith(f"`{checkpoint}` cannot be read: Expected 2 of '*_optim_states.pt' under")
 
 
 @pytest.mark.parametrize("flag", ["pretrained_model_name_or_path", "revision", "variant", "cache_dir"])

@@ -13,9 +13,10 @@ from threading import Thread
 
 import huggingface_hub
 import pytest
-from helpers import ROOT, file_hashes, load_weights, read_log, same_bits
+from accelerate import Accelerator
+from helpers import ROOT, file_hashes, load_weights, read_log, same_bits, wrap
 from hub import LOST, TOKEN, Hub
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 
 from diffusers import WanTransformer3DModel
 
@@ -44,6 +45,7 @@ def online(hub):
         patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         patch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
         patch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
+        patch.setenv("HF_TOKEN", TOKEN)
         yield
 
 
@@ -75,7 +77,7 @@ def push(hub, train, tmp_path):
     """Function: runs the script in this process with `--push_to_hub` and flags; returns the output folder, `fox`."""
 
     def run(*flags, output_dir=tmp_path / "fox"):
-        return train("--push_to_hub", "--hub_token", TOKEN, *flags, output_dir=output_dir)
+        return train("--push_to_hub", *flags, output_dir=output_dir)
 
     with online(hub):
         yield run
@@ -90,9 +92,15 @@ def waits(monkeypatch):
 
 
 def content(output_dir):
-    """What of an output folder belongs to the Hub: {path: bytes}."""
+    """What of an output folder belongs to the Hub: {path: bytes}. `train.log` is still written while it is pushed."""
     files = {str(path.relative_to(output_dir)): path for path in Path(output_dir).rglob("*") if path.is_file()}
-    return {name: path.read_bytes() for name, path in files.items() if not name.startswith(("checkpoint-", "logs/"))}
+    apart = ("checkpoint-", "logs/", "run.json", "train.log")
+    return {name: path.read_bytes() for name, path in files.items() if not name.startswith(apart)}
+
+
+def pushed(hub, branch="main"):
+    """What the repository holds, but for `train.log`."""
+    return {name: content for name, content in hub.files(branch=branch).items() if name != "train.log"}
 
 
 # ---- What is pushed. ------------------------------------------------------------------------------------------------
@@ -107,7 +115,7 @@ def test_a_pushed_repository_holds_the_result_but_no_checkpoints_and_logs(push, 
         "transformer_2/config.json",
         "transformer_2/diffusion_pytorch_model.safetensors",
     ]
-    assert hub.files() == content(output_dir)
+    assert pushed(hub) == content(output_dir)
 
 
 def test_logs_are_not_pushed_wherever_they_lie(push, hub):
@@ -120,7 +128,7 @@ def test_the_repository_is_named_after_the_output_folder_and_public(push, hub):
     output_dir = push()
     assert list(hub.repositories) == ["me/fox"]
     assert not hub.repositories["me/fox"].private
-    assert 'from_pretrained("me/fox", subfolder="transformer_2"' in (output_dir / "README.md").read_text()
+    assert '\ntrained = "me/fox"' in (output_dir / "README.md").read_text()
 
 
 def test_the_repository_can_be_named_and_private(push, hub):
@@ -160,6 +168,61 @@ def test_hub_strategy_checkpoint_pushes_after_each_checkpoint_and_at_the_end(pus
 def test_a_last_checkpoint_is_not_pushed_twice(push, hub):
     push("--hub_strategy", "checkpoint", "--max_train_steps", 2, "--checkpointing_steps", 1)
     assert hub.messages() == ["After 1 updates", "After 2 updates"]
+
+
+EACH_STEP = "--max_train_steps 3 --checkpointing_steps 1 --hub_strategy".split()
+
+
+def test_hub_strategy_branch_pushes_each_checkpoint_to_a_branch_and_the_end_to_main(push, hub):
+    output_dir = push(*EACH_STEP, "branch")
+    assert sorted(hub.repositories["me/fox"].branches) == ["main", "step-1", "step-2"]
+    for step in (1, 2):
+        assert hub.messages(branch=f"step-{step}") == [f"After {step} updates"]
+        expert = load(pushed(hub, f"step-{step}")[EXPERT])
+        assert same_bits(expert, load_file(output_dir / f"checkpoint-{step}/model.safetensors"))
+    assert hub.messages() == ["After 3 updates"]
+    assert pushed(hub) == content(output_dir)
+
+
+def test_a_branch_that_is_there_already_gets_another_commit(push, hub):
+    push(*EACH_STEP, "branch", "--max_train_steps", 2)
+    push(*EACH_STEP, "branch", "--max_train_steps", 2, "--overwrite_output_dir")
+    assert hub.messages(branch="step-1") == ["After 1 updates", "After 1 updates"]
+
+
+def hold_until(condition, held):
+    """A failure of a request that is none, but comes only when something is true; then `held` gets `True`."""
+    for _ in range(1200):
+        if condition():
+            break
+        time.sleep(0.05)
+    held.append(condition())
+    yield None
+
+
+def test_the_run_goes_on_while_a_push_does(push, hub, tmp_path):
+    held = []
+    hub.failures["commit"] = hold_until(lambda: "step 3: loss" in read_log(tmp_path / "fox"), held)
+    output_dir = push(*EACH_STEP, "checkpoint")
+    assert held == [True]
+    assert hub.messages() == ["After 1 updates", "After 2 updates", "After 3 updates"], "one after the other"
+    for step, commit in enumerate(hub.repositories["me/fox"].commits[1:], start=1):
+        assert same_bits(load(commit.files[EXPERT]), load_file(output_dir / f"checkpoint-{step}/model.safetensors"))
+    assert [*output_dir.glob("*.unfinished")] == []
+
+
+def test_the_end_waits_for_the_pushes_after_it_has_let_other_processes_go(push, hub, monkeypatch):
+    held, ended = [], []
+
+    def end(end_training, *args):
+        end_training(*args)
+        ended.append(True)
+
+    wrap(monkeypatch, Accelerator, "end_training", end)
+    hub.failures["commit"] = hold_until(lambda: ended == [True], held)
+    push()
+    assert held == [True]
+    assert hub.messages() == ["After 2 updates"]
 
 
 def test_a_pushed_lora_is_one_file(push, hub):
@@ -210,7 +273,7 @@ def loaded(command, train, tiny_model, tmp_path_factory):
         ]
         run_online(hub, folder / "home", [*launcher, *command(folder / "fox", *flags)], cwd=ROOT)
         with online(hub):
-            train("--lora_rank", 4, "--push_to_hub", "--hub_token", TOKEN, output_dir=folder / "lora")
+            train("--lora_rank", 4, "--push_to_hub", output_dir=folder / "lora")
         revisions = [commit.oid for commit in hub.repositories["me/fox"].commits[1:]]
         load = [sys.executable, "-c", LOAD, tiny_model, *revisions]
         run_online(hub, folder / "home", load, cwd=folder / "loaded")
@@ -221,6 +284,8 @@ def loaded(command, train, tiny_model, tmp_path_factory):
 def test_the_repository_of_a_launched_run_is_its_output_folder(loaded):
     shutil.rmtree(loaded / "loaded/fox/.cache")  # of the download
     assert content(loaded / "loaded/fox") == content(loaded / "fox")
+    log = (loaded / "loaded/fox/train.log").read_text()
+    assert "step 2: loss" in log and read_log(loaded / "fox").startswith(log)
 
 
 @pytest.mark.slow
@@ -270,14 +335,14 @@ FAILURES = [
 def test_a_push_survives_a_failure_of_any_request(push, hub, waits, kind, failure):
     hub.failures[kind] = iter([failure])
     output_dir = push()
-    assert hub.files() == content(output_dir)
+    assert pushed(hub) == content(output_dir)
     assert waits == [1]
 
 
 def test_a_push_waits_when_the_hub_says_that_there_are_too_many(push, hub, waits):
     hub.failures["commit"] = iter([429, 429])
     output_dir = push()
-    assert hub.files() == content(output_dir)
+    assert pushed(hub) == content(output_dir)
     assert waits == [1, 2]
 
 
@@ -285,7 +350,7 @@ def test_a_push_survives_a_failure_of_its_second_large_file(push, hub, waits):
     hub.failures["put"] = iter([None, 503])
     output_dir = push()
     assert hub.count("put") == 3
-    assert hub.files() == content(output_dir)
+    assert pushed(hub) == content(output_dir)
 
 
 def test_large_files_that_arrived_are_not_sent_again(push, hub, waits):
@@ -299,7 +364,7 @@ def test_a_push_that_failed_is_made_up_for_by_the_next_one(push, hub):
     hub.failures["commit"] = iter([403])
     output_dir = push("--hub_strategy", "checkpoint", "--max_train_steps", 3, "--checkpointing_steps", 2)
     assert hub.messages() == ["After 3 updates"]
-    assert hub.files() == content(output_dir)
+    assert pushed(hub) == content(output_dir)
 
 
 # ---- A Hub that does not recover. -----------------------------------------------------------------------------------
@@ -334,7 +399,8 @@ def test_the_log_holds_the_command_that_uploads_the_folder_later(push, hub, wait
     hub.failures["commit"] = repeat(500)
     output_dir = push()
     (command,) = re.findall("hf upload .*", read_log(output_dir))
-    assert command == f"hf upload me/fox {output_dir} . --exclude 'checkpoint-*' --exclude 'logs/*'"
+    excluded = "--exclude 'checkpoint-*' --exclude '*.unfinished' --exclude run.json --exclude 'logs/*'"
+    assert command == f"hf upload me/fox {output_dir} . {excluded}"
 
 
 def test_the_command_in_the_log_completes_the_repository(push, hub, waits, tmp_path):
@@ -344,24 +410,30 @@ def test_the_command_in_the_log_completes_the_repository(push, hub, waits, tmp_p
     hub.failures.clear()
     (command,) = re.findall("hf upload .*", read_log(output_dir))
     run_online(hub, tmp_path / "home", command, shell=True)
-    assert hub.files() == content(output_dir)
+    assert pushed(hub) == content(output_dir)
 
 
 # ---- A Hub that refuses the repository. -----------------------------------------------------------------------------
 
 
-def test_a_wrong_token_ends_the_run_in_one_line(push, hub):
+def test_a_wrong_token_ends_the_run_in_one_line(push, hub, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     with pytest.raises(SystemExit) as stopped:
-        push("--hub_token", "hf_wrong")
+        push()
     message = str(stopped.value)
-    assert message.startswith("error: `--push_to_hub` cannot create `fox`; see `--hub_model_id` and `--hub_token`: ")
+    assert message.startswith(
+        "error: `--push_to_hub` cannot create `fox`; see `--hub_model_id`, and `hf auth whoami`: "
+    )
     assert "401 Unauthorized" in message and "Invalid username or password" in message
     assert "\n" not in message and "hf_wrong" not in message
     assert hub.count("create") == 1
+    assert not (tmp_path / "fox").exists()
 
 
-def test_a_run_can_start_again_with_the_right_token(push, hub):
+def test_a_run_can_start_again_with_the_right_token(push, hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     with pytest.raises(SystemExit):
-        push("--hub_token", "hf_wrong")
+        push()
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
     push()
     assert hub.messages() == ["After 2 updates"]

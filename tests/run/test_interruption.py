@@ -13,10 +13,14 @@ from threading import Thread
 
 import pytest
 import torch
-from helpers import checkpoints, load_history, load_weights, read_log, repeatable, run_in_process, same_bits
+from helpers import checkpoints, load_history, load_weights, read_log, repeatable, run_in_process, same_bits, wrap
 
+import train_srpo_wan_t2i
 from train_srpo_wan_t2i import list_checkpoints
 
+
+PROCESSES = multiprocessing.get_context("forkserver")  # starts in no time, with the libraries already imported
+PROCESSES.set_forkserver_preload(["helpers", "train_srpo_wan_t2i"])
 
 pytestmark = pytest.mark.usefixtures("own_signal_handlers")
 
@@ -36,11 +40,13 @@ LONG = "--max_train_steps 400 --checkpointing_steps 400 --validation_steps 1".sp
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_finishes_the_update_saves_it_and_says_how_to_go_on(train, number, tmp_path, caplog):
+def test_a_signal_finishes_the_update_saves_it_and_says_how_to_go_on(train, number, tmp_path, caplog, capfd):
     send_when(tmp_path, "step 2: loss", number)
     with pytest.raises(SystemExit) as stop:
         train(*LONG, output_dir=tmp_path)
     assert stop.value.code == 128 + number
+    at_once = rf"\n{number.name}: the update at hand will be finished and saved.*Ctrl-C again.*\n"
+    assert len(re.findall(at_once, capfd.readouterr().err)) == 1
     (checkpoint,) = checkpoints(tmp_path)
     step = int(checkpoint.split("-")[1])
     assert 3 <= step < 400
@@ -62,6 +68,42 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(train, tmp_path):
     assert repeatable(load_history(tmp_path, steps)) == repeatable(load_history(straight, steps))
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_models_are_loaded_ends_the_run_at_once_and_leaves_no_trace(
+    train, monkeypatch, tmp_path, number
+):
+    wrap(monkeypatch, train_srpo_wan_t2i, "load_models", lambda load_models, *args: os.kill(os.getpid(), number))
+    with pytest.raises(SystemExit) as stop:
+        train(output_dir=tmp_path / "output")
+    assert stop.value.code == 128 + number
+    assert [*tmp_path.iterdir()] == []
+
+
+def interrupted_twice(output_dir, flags):
+    def send():
+        while not (Path(output_dir) / "checkpoint-2").exists():
+            time.sleep(0.005)
+        for _ in range(2):
+            time.sleep(0.02)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    Thread(target=send, daemon=True).start()
+    run_in_process(*flags)
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once_and_it_goes_on_from_its_last_checkpoint(train, command, tmp_path):
+    flags = ["--checkpointing_steps", 2, "--gradient_accumulation_steps", 15]  # long enough for two signals
+    process = PROCESSES.Process(
+        target=interrupted_twice, args=(tmp_path, command(tmp_path, *flags, "--max_train_steps", 400))
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == 130
+    assert checkpoints(tmp_path) == ["checkpoint-2"], "it neither finished nor saved the update"
+    train(*flags, "--max_train_steps", 3, "--resume_from_checkpoint", "latest", output_dir=tmp_path)
+    assert f"Resumed from {tmp_path}/checkpoint-2 at step 2" in read_log(tmp_path)
+
+
 def test_processes_that_load_data_do_not_die_of_the_signal_before_the_update_is_done(train, tmp_path):
     """A terminal and many clusters send a signal to all processes of a run, not only to the first."""
     received = []
@@ -81,10 +123,6 @@ def test_processes_that_load_data_do_not_die_of_the_signal_before_the_update_is_
     assert len(received) >= 2, "a process that loads data, and the run"
     assert stop.value.code == 128 + signal.SIGTERM
     assert len(checkpoints(tmp_path)) == 1
-
-
-PROCESSES = multiprocessing.get_context("forkserver")  # starts in no time, with the libraries already imported
-PROCESSES.set_forkserver_preload(["helpers", "train_srpo_wan_t2i"])
 
 
 def newest(output_dir):

@@ -43,6 +43,7 @@ def test_a_run_writes_the_lora_and_no_expert(lora_run):
         "images",
         "pytorch_lora_weights.safetensors",
         "reward.png",
+        "run.json",
         "train.log",
     ]
     assert f"Saved {lora_run}/pytorch_lora_weights.safetensors" in read_log(lora_run)
@@ -105,8 +106,8 @@ def test_a_full_run_that_overwrites_a_lora_run_leaves_no_lora(train, lora_run, t
 def test_the_card_of_a_lora_says_how_to_load_it(lora_run, tiny_model, tmp_path, monkeypatch):
     text = (lora_run / "README.md").read_text()
     assert "A LoRA of rank 4 for `transformer_2`" in text
-    assert f'expert.load_lora_adapter("{lora_run.name}", weight_name="pytorch_lora_weights.safetensors"' in text
-    variables = use_card(lora_run, tmp_path, monkeypatch)
+    assert 'expert.load_lora_adapter(trained, weight_name="pytorch_lora_weights.safetensors"' in text
+    variables = use_card(lora_run, tiny_model, tmp_path, monkeypatch)
     expert, image = variables["expert"], variables["image"]
     assert expert.blocks[0].attn1.to_q.scaling == {"default_0": 2.0}
     weight = load_lora(lora_run)["transformer.blocks.0.attn1.to_q.lora_B.weight"]
@@ -193,7 +194,7 @@ def test_gradient_checkpointing_gives_the_same_lora(train, flags):
 
 
 def test_dropout_changes_the_graded_pass_and_no_rollout(train, quick_lora):
-    more = ["--max_train_steps", 3, "--resume_from_checkpoint", quick_lora / "checkpoint-2"]
+    more = ["--max_train_steps", 3, "--resume_from_checkpoint", quick_lora / "checkpoint-2", "--allow_changes"]
     velocities = []
     for flags in (LORA, DROPOUT):
         with watch_transformer() as passes:
@@ -205,7 +206,7 @@ def test_dropout_changes_the_graded_pass_and_no_rollout(train, quick_lora):
 
 
 def test_dropout_does_not_reach_validation(train, quick_lora):
-    again = ["--resume_from_checkpoint", quick_lora / "checkpoint-2"]
+    again = ["--resume_from_checkpoint", quick_lora / "checkpoint-2", "--allow_changes"]
     plain, dropped = (train(*flags, *again, prompts=["a red cat"]) for flags in (LORA, DROPOUT))
     assert read_scores(dropped, 2) == read_scores(plain, 2) != read_scores(plain, 0)
 

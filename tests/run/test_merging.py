@@ -17,7 +17,7 @@ from diffusers import WanTransformer3DModel
 ATTENTION = [f"blocks.{block}.attn{kind}.{name}" for block in (0, 1) for kind in (1, 2) for name in
              ("to_q", "to_k", "to_v", "to_out.0")]  # fmt: skip
 
-HASH = "base model, by a hash of its weights"
+HASH = "base_model"
 
 
 @pytest.fixture

@@ -73,11 +73,6 @@ def test_no_caption_is_skipped(train, calls):
     assert [call["rollout"].captions for call in calls["graded_pass"]] == [stream[0], stream[0], stream[1], stream[1]]
 
 
-def test_the_last_rollout_may_be_used_less_often(train, calls):
-    train("--updates_per_rollout", 4, "--checkpointing_steps", 4, "--max_train_steps", 5)
-    assert (len(calls["paint_latents"]), len(calls["graded_pass"])) == (2, 5)
-
-
 @pytest.mark.parametrize("noise", ["shared", "per_sample"])
 def test_renew_noise_injects_other_noise_into_the_same_latents(train, calls, noise):
     train("--updates_per_rollout", 3, "--checkpointing_steps", 3, "--max_train_steps", 3, *RENEWED, "--noise", noise)

@@ -100,9 +100,11 @@ def waits(monkeypatch):
 
 
 @pytest.mark.parametrize("scheduler", ["unipc", "euler"])
-def test_nothing_waits_for_the_gpu_until_the_update_is_done(train, waits, scheduler):
+def test_nothing_waits_for_the_gpu_until_it_is_asked_once_whether_the_gradient_is_finite(train, waits, scheduler):
     train("--rollout_scheduler", scheduler, "--sampling_steps", 4, "--train_batch_size", 2)
-    assert set(waits) == ({"_linalg_check_errors"} if scheduler == "unipc" else set()), "its corrector, of order 2"
+    assert waits.count("_local_scalar_dense") == 2, "in two updates"
+    others = set(waits) - {"_local_scalar_dense"}
+    assert others == ({"_linalg_check_errors"} if scheduler == "unipc" else set()), "its corrector, of order 2"
 
 
 READERS = {
@@ -126,4 +128,4 @@ def test_whatever_waits_would_be_found(train, waits, monkeypatch, name, read):
 
     wrap(monkeypatch, train_srpo_wan_t2i, name, and_read)
     train("--max_train_steps", 1, "--rollout_scheduler", "euler")
-    assert waits != []
+    assert len(waits) > 1, "one is there anyway"

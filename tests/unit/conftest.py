@@ -3,13 +3,13 @@
 import pytest
 
 import train_srpo_wan_t2i
-from train_srpo_wan_t2i import Recipe, plan_update, settings_of
+from train_srpo_wan_t2i import Recipe, plan_update
 
 
 @pytest.fixture(scope="session")
 def make_recipe(make_args):
     """Function: flags -> the `Recipe` of a run with these flags."""
-    return lambda *flags: settings_of(Recipe, vars(make_args(*flags)))
+    return lambda *flags: Recipe(**{name: vars(make_args(*flags))[name] for name in Recipe._fields})
 
 
 @pytest.fixture

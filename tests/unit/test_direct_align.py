@@ -104,7 +104,7 @@ def test_recipe_published_for_qwen_image_is_reachable(
     make_args, make_recipe, plan_at, position, sigma_from, sigma_to, weight
 ):
     recipe = make_recipe(*QWEN_IMAGE)
-    assert len(recipe.train_sigmas) == 100
+    assert recipe.timestep_length == 100
     plan = plan_at(recipe, [position])
     (branch,) = plan.branches
     assert branch.name == "denoise" and branch.discount == 0

@@ -279,7 +279,7 @@ def test_linear_loss_is_minus_the_score_and_hinge_adds_the_margin(make_recipe, t
 
 
 def test_hinge_loss_of_images_beyond_the_margin_gives_no_gradient(make_recipe, tiny_models):
-    recipe = make_recipe("--reward_margin", -10.0)
+    recipe = make_recipe()._replace(reward_margin=-10.0)
     assert graded_pass(tiny_models, ROLLOUT, PLAN, recipe)[0].item() == 0
     assert gradient(tiny_models, PLAN, recipe).abs().max() == 0
 

@@ -19,7 +19,6 @@ from train_srpo_wan_t2i import (
     make_scheduler,
     plan_update,
     read_model_info,
-    settings_of,
 )
 
 
@@ -41,7 +40,7 @@ class PatchReward(RewardModel):
 
 
 def plan_of(args):
-    recipe = settings_of(Recipe, vars(args))
+    recipe = Recipe(**{name: vars(args)[name] for name in Recipe._fields})
     return plan_update(recipe, 0, range(args.train_batch_size)), recipe
 
 

@@ -104,44 +104,6 @@ def test_compiling_under_zero_2_and_zero_3_without_it_are_accepted(make_args, fl
     check_deepspeed(make_args(*flags.split()), {"zero_optimization": {"stage": stage}}, num_processes=3)
 
 
-# ---- LoRA. ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def refusal(make_args, capsys):
-    """Function: flags that the parser must refuse -> its message, one line."""
-
-    def refuse(flags):
-        with pytest.raises(SystemExit) as caught:
-            make_args(*flags.split())
-        assert caught.value.code == 2
-        return re.search(r"^\S+: error: (.*)\n\Z", capsys.readouterr().err, re.MULTILINE).group(1)
-
-    return refuse
-
-
-@pytest.mark.parametrize(
-    "flags",
-    ["--lora_alpha 8", "--lora_dropout 0.1", "--lora_dropout 0", "--lora_target_modules to_q", "--base_weights fp8"],
-)
-def test_a_flag_of_the_lora_without_a_lora(refusal, flags):
-    name = flags.split()[0]
-    assert refusal(flags).startswith(f"`{name}` needs `--lora_rank`")
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        ("--lora_rank 0", "`--lora_rank` must be at least 1, but is 0."),
-        ("--lora_rank 4 --lora_alpha 0", "`--lora_alpha` must be positive, but is 0.0."),
-        ("--lora_rank 4 --lora_dropout 1", "`--lora_dropout` must be at least 0 and below 1, but is 1.0."),
-        ("--lora_rank 4 --lora_dropout -0.1", "`--lora_dropout` must be at least 0 and below 1, but is -0.1."),
-    ],
-)
-def test_values_that_no_lora_has(refusal, flags, message):
-    assert refusal(flags) == message
-
-
 # ---- AdamW of 8 bits. -----------------------------------------------------------------------------------------------
 
 
@@ -150,6 +112,4 @@ def test_without_torchao_it_is_refused(make_args, monkeypatch, capsys):
     with pytest.raises(SystemExit) as caught:
         make_args("--optimizer", "adamw_8bit")
     assert caught.value.code == 2
-    assert capsys.readouterr().err.endswith(
-        "error: `--optimizer adamw_8bit` needs torchao: run `pip install torchao`.\n"
-    )
+    assert capsys.readouterr().err.endswith("error: `--optimizer adamw_8bit` needs `pip install torchao`.\n")
