@@ -45,7 +45,6 @@ import io
 import json
 import logging
 import math
-import operator
 import os
 import reprlib
 import shlex
@@ -81,6 +80,7 @@ diffusers, pipeline_wan = LazyModule("diffusers"), LazyModule("diffusers.pipelin
 torch, F = LazyModule("torch"), LazyModule("torch.nn.functional")
 
 logger = logging.getLogger(__name__)
+logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's import makes it warn
 
 # `sample_neg_prompt` in wan/configs/shared_config.py of https://github.com/Wan-Video/Wan2.2
 WAN_NEGATIVE_PROMPT = (
@@ -149,7 +149,7 @@ def read_text_file(path, caption_column):
     if suffix not in TEXT_FILES:
         raise ValueError(f"the name must end with one of {', '.join(TEXT_FILES)} or .parquet. Save it as one of them.")
     with input_error("the file is not text in UTF-8, save it as UTF-8"):
-        text = path.read_text(encoding="utf-8-sig").rstrip()
+        text = path.read_bytes().decode("utf-8-sig").rstrip()
     if not text:
         raise ValueError("the file is empty.")
     if suffix in (".yaml", ".yml"):
@@ -165,7 +165,8 @@ def read_text_file(path, caption_column):
             raise ValueError('expected a list of objects, as in `[{"caption": "a cat"}]`, or of texts.')
         return [(f"item {i}", row) for i, row in enumerate(content)]
     if suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(text), strict=True)  # else an open quote takes all lines that follow
+        # Strict: else a quote that is not closed takes all lines that follow.
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         if reader.fieldnames.count(caption_column) > 1:
             raise ValueError(f"the column `{caption_column}` is there twice.")
         return [(f"line {reader.line_num}", row) for row in reader]
@@ -254,8 +255,7 @@ def weight_files(source, subfolder, stem, layer=None):
 
 # Copied from train_srpo_wan_t2i.weights_fingerprint
 def weights_fingerprint(source, subfolder, stem, layer):
-    """Identifies a model by the weights of one `layer`, wherever they lie. Only that tensor is read. See
-    [`weight_files`] and [`fingerprint`]."""
+    """The [`fingerprint`] of one `layer` of a model, wherever it lies; see [`weight_files`]."""
     (file,) = weight_files(source, subfolder, stem, layer)
     with safe_open(file, framework="pt") as weights:
         return fingerprint(weights.get_tensor(layer))
@@ -592,24 +592,19 @@ def discard(path):
         path.unlink(missing_ok=True)
 
 
-# Copied from train_srpo_wan_t2i.full_disk
-def full_disk(path, size):
-    """What ends the program if the disk has no room for `size` bytes at `path`."""
-    free = shutil.disk_usage(path if path.is_dir() else path.parent).free / 1e9
-    problem = f"the disk is full: `{path}` takes {size / 1e9:.3g} GB, and {free:.3g} GB are free"
-    return SystemExit(f"error: {problem}. What was saved before is whole.")
-
-
 # Copied from train_srpo_wan_t2i.written
 @contextmanager
 def written(path, size=1e6):
     """A path beside `path` to write a file or folder of about `size` bytes to. If the block succeeds, it is flushed to
-    the disk and takes the place of `path`, where a link is followed; else it is removed."""
+    the disk and takes the place of `path`, where a link is followed; else it is removed. Ends the program if the disk
+    is full, or would be."""
     path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     discard(new := path.with_name(f"{path.name}.unfinished"))
-    if shutil.disk_usage(path.parent).free < size:
-        raise full_disk(path, size)
+    free = shutil.disk_usage(path.parent).free
+    full = f"error: the disk is full: `{path}` takes {size / 1e9:.3g} GB, and {free / 1e9:.3g} GB were free"
+    if free < size:
+        raise SystemExit(full)
     try:
         yield new
         for file in filter(Path.is_file, (new, *new.rglob("*"))):
@@ -619,7 +614,7 @@ def written(path, size=1e6):
     except BaseException as error:
         is_full = "No space left" in str(error) or shutil.disk_usage(path.parent).free < 2**20
         discard(new)
-        raise full_disk(path, size) if is_full else error from error
+        raise SystemExit(full) if is_full else error from error
     if path.is_dir():
         discard(path)
     new.replace(path)
@@ -629,24 +624,24 @@ def written(path, size=1e6):
 @contextmanager
 def claim_output_dir(folder, size):
     """Makes the output folder and holds its lock, which the kernel releases however the process ends. `ValueError` if
-    another process holds it; ends the program if less than `size` bytes are free. If nothing was written to `run.json`
-    in the end, the folder is as before."""
+    another process holds it, or less than `size` bytes are free. If the marker stays empty, all is as before."""
     marker, made = folder / MARKER, [each for each in (folder, *folder.parents) if not each.exists()]
     with input_error(f"`--output_dir {folder}` cannot be written, or another run is writing to it; choose another"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = marker.open("a")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    try:
+    with lock:
         for leftover in (*folder.glob("*.unfinished"), *folder.glob("*/*.unfinished")):
             discard(leftover)
-        if shutil.disk_usage(folder).free < size:
-            raise full_disk(folder, size)
-        yield
-    finally:
-        if marker.stat().st_size == 0:
-            for remove in (marker.unlink, *(each.rmdir for each in made)):
-                remove()
-        lock.close()
+        try:
+            if (free := shutil.disk_usage(folder).free) < size:
+                needs = f"{size / 1e9:.3g} GB, of which {free / 1e9:.3g} GB are free"
+                raise ValueError(f"`--output_dir {folder}`: the disk is full: the run needs {needs}.")
+            yield
+        finally:
+            if marker.stat().st_size == 0:
+                for remove in (marker.unlink, *(each.rmdir for each in made)):
+                    remove()
 
 
 # Copied from train_srpo_wan_t2i.with_retries
@@ -684,11 +679,12 @@ def push_to_hub(repo_id, output_dir, private):
 # Copied from train_srpo_wan_t2i.input_error
 @contextmanager
 def input_error(cause):
-    """Turns whatever a library says of unreadable input into a `ValueError` of one line that begins with `cause`."""
+    """Turns whatever is said of bad input into a `ValueError` of one line, not too long, that begins with `cause`."""
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{cause}: {' '.join(str(error).split())}") from error
+        message = " ".join(f"{cause}: {error}".split())
+        raise ValueError(message if len(message) < 900 else f"{message[:600]} ... {message[-290:]}") from error
 
 
 # Copied from train_srpo_wan_t2i.one_line_errors
@@ -709,18 +705,18 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 # Copied from train_srpo_wan_t2i.number
-def number(kind=float, **limits):
-    """An argparse type: a finite number of this `kind` within limits, such as `at_least=0, below=1`."""
-    holds = {"at_least": operator.ge, "above": operator.gt, "below": operator.lt, "at_most": operator.le}
+def number(kind=float, at_least=-math.inf, above=-math.inf, below=2**63):
+    """An argparse type: a number of this `kind` within these limits, of which NaN is in none."""
 
     def convert(text):
         value = kind(text)
-        if not math.isfinite(value) or not all(holds[name](value, limit) for name, limit in limits.items()):
-            words = " and ".join(f"{name.replace('_', ' ')} {limit}" for name, limit in limits.items())
-            raise argparse.ArgumentTypeError(f"must be {words or 'finite'}, but is {text}")
+        if not (at_least <= value and above < value < below and abs(value) < 2**63):
+            limits = {"at least": at_least, "above": above, "below": below}
+            words = " and ".join(f"{name} {limit}" for name, limit in limits.items() if abs(limit) < 2**63)
+            raise argparse.ArgumentTypeError(f"must be {words or 'finite'}, but is {value}")
         return value
 
-    convert.__name__ = "whole number" if kind is int else "number"  # in argparse's "invalid ... value"
+    convert.__name__ = "whole number" if kind is int else "number"  # as argparse names it
     return convert
 
 
@@ -760,7 +756,7 @@ def parse_args(input_args=None):
         help="Also store, for each caption, K latents that the high-noise expert painted down to its boundary.")
     add("--height", type=count, help="The height in pixels of the images to train on.")
     add("--width", type=count, help="The width in pixels of the images to train on.")
-    add("--sampling_steps", type=number(int, at_least=1, at_most=1000),
+    add("--sampling_steps", type=number(int, at_least=1, below=1001),
         help="The number of denoising steps of a rollout, both experts'.")
     add("--rollout_scheduler", choices=["unipc", "euler"], help="The solver of rollouts.")
     add("--rollout_shift", type=positive, help="Shift of the rollout's schedule. Default: `flow_shift` of the model.")

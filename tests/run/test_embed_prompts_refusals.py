@@ -41,13 +41,13 @@ def test_what_is_not_a_text_is_shown_in_short(text_model, tmp_path):
         ("--boundary_latents 1 --width -16", "argument --width: must be at least 1, but is -16"),
         (
             "--boundary_latents 1 --sampling_steps 0",
-            "argument --sampling_steps: must be at least 1 and at most 1000, but is 0",
+            "argument --sampling_steps: must be at least 1 and below 1001, but is 0",
         ),
         (
             "--boundary_latents 1 --sampling_steps 1001",
-            "argument --sampling_steps: must be at least 1 and at most 1000, but is 1001",
+            "argument --sampling_steps: must be at least 1 and below 1001, but is 1001",
         ),
-        ("--boundary_latents 1 --rollout_shift 0", "argument --rollout_shift: must be above 0, but is 0"),
+        ("--boundary_latents 1 --rollout_shift 0", "argument --rollout_shift: must be above 0, but is 0.0"),
         ("--boundary_latents 1 --rollout_shift nan", "argument --rollout_shift: must be above 0, but is nan"),
         ("--boundary_latents 1 --rollout_shift inf", "argument --rollout_shift: must be above 0, but is inf"),
         (
@@ -195,14 +195,14 @@ def test_a_dataset_that_does_not_fit_is_refused_before_anything_is_loaded(
 ):
     leave_space(monkeypatch, SIZE - 1)
     error = embed_refusal(text_model, prompts, tmp_path / "out", "--negative_prompt", "a cat")
-    sizes = "takes 1.66e-06 GB, and 1.66e-06 GB are free"
-    assert error == f"the disk is full: `{tmp_path}/out` {sizes}. What was saved before is whole."
+    sizes = "the run needs 1.66e-06 GB, of which 1.66e-06 GB are free"
+    assert error == f"`--output_dir {tmp_path}/out`: the disk is full: {sizes}."
 
 
 def test_boundary_latents_take_space(tiny_model, prompts, tmp_path, no_loading, monkeypatch):
     leave_space(monkeypatch, SIZE + 2 * 5 * 3 * 4 * 4 * 4 * 4 - 1)  # captions, latents, their shape, bytes
     flags = ["--negative_prompt", "a cat", "--boundary_latents", 3, "--height", 32, "--width", 32]
-    assert "takes 9.34e-06 GB" in embed_refusal(tiny_model, prompts, tmp_path / "out", *flags)
+    assert "needs 9.34e-06 GB" in embed_refusal(tiny_model, prompts, tmp_path / "out", *flags)
 
 
 def test_a_dataset_that_fits_is_written(text_model, prompts, tmp_path, monkeypatch):
