@@ -38,6 +38,7 @@ but nothing would then tell their shape.
 
 import argparse
 import csv
+import fcntl
 import hashlib
 import importlib
 import io
@@ -48,8 +49,10 @@ import os
 import reprlib
 import shlex
 import shutil
+import signal
+import sys
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -72,13 +75,12 @@ class LazyModule:
         return getattr(importlib.import_module(self.__name__), attribute)
 
 
-accelerate, datasets, diffusers, torch, transformers = map(
-    LazyModule, ("accelerate", "datasets", "diffusers", "torch", "transformers")
-)
-F = LazyModule("torch.nn.functional")
-pipeline_wan = LazyModule("diffusers.pipelines.wan.pipeline_wan")
+accelerate, datasets, transformers = LazyModule("accelerate"), LazyModule("datasets"), LazyModule("transformers")
+diffusers, pipeline_wan = LazyModule("diffusers"), LazyModule("diffusers.pipelines.wan.pipeline_wan")
+torch, F = LazyModule("torch"), LazyModule("torch.nn.functional")
 
 logger = logging.getLogger(__name__)
+logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's import makes it warn
 
 # `sample_neg_prompt` in wan/configs/shared_config.py of https://github.com/Wan-Video/Wan2.2
 WAN_NEGATIVE_PROMPT = (
@@ -96,20 +98,20 @@ DIFFUSERS_STEM, TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
 TEXT_ENCODER_LAYER = "encoder.final_layer_norm.weight"
 
 SPLITS = ("train", "negative", "validation")
+# What lies in the output folder: a file that marks it, and is locked while this script runs; a complete dataset that
+# is not in its place yet; and all that may be deleted when it takes its place.
+MARKER, DICT_FILE, COMPLETE, MOVING = "run.json", "dataset_dict.json", "dataset.new", "dataset.moving"
+SPLIT_FILES = ("data-*.arrow", "dataset_info.json", "state.json")
+DATASET_FILES = [DICT_FILE, "README.md", *(f"{split}/{name}" for split in SPLITS for name in SPLIT_FILES)]
 
 # What training must share with boundary latents, by the names of the flags of both scripts.
 BOUNDARY_SETTINGS = ("height", "width", "sampling_steps", "rollout_scheduler", "rollout_shift")
 # The flags that need `--boundary_latents`. Where training has the same flag, it has the same default.
-BOUNDARY_DEFAULTS = {
-    "height": 512,
-    "width": 512,
-    "sampling_steps": 10,
-    "rollout_scheduler": "unipc",
-    "rollout_shift": None,
-    "boundary_guidance_scale": 4.0,
-    "seed": 0,
-    "group_offload": False,
-}
+BOUNDARY_DEFAULTS = dict(zip(BOUNDARY_SETTINGS, (512, 512, 10, "unipc", None), strict=True))
+BOUNDARY_DEFAULTS |= {"boundary_guidance_scale": 4.0, "seed": 0, "group_offload": False}
+# The flags that do not change what is in the dataset.
+FREE_FLAGS = """cache_dir group_offload output_dir overwrite_output_dir push_to_hub hub_dataset_id
+    hub_private_repo""".split()
 MAX_SEQUENCE_LENGTH = 512  # the default of training, too
 
 DATASET_CARD = """# Captions embedded for Wan
@@ -129,18 +131,27 @@ prompt_embeds = row["prompt_embeds"].to(torch.int16).view(torch.bfloat16)
 
 
 # ---- Captions: from a file, a dataset or the command line to a list of texts. ---------------------------------------
+def unique_keys(pairs):
+    """An `object_pairs_hook` of json, which by itself drops all but the last of the same keys."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError(f"an object has the same key twice: {reprlib.repr(pairs)[:100]}")
+    return row
+
+
 def read_text_file(path, caption_column):
-    """
-    Reads one of the `TEXT_FILES`. Returns a list of pairs (place in the file, row); a row should be an object that has
-    a caption under the key `caption_column`. Raises `ValueError`, `yaml.YAMLError` or `csv.Error` for a wrong form.
-    """
+    """Reads one of the `TEXT_FILES`. Returns a list of pairs (place in the file, row); a row should be a caption, or
+    an object that has one under the key `caption_column`. Raises `ValueError`, `yaml.YAMLError` or `csv.Error` for a
+    wrong form."""
+    suffix = path.suffix.lower()
     if not path.is_file():
         raise ValueError("there is no such file.")
+    if suffix not in TEXT_FILES:
+        raise ValueError(f"the name must end with one of {', '.join(TEXT_FILES)} or .parquet. Save it as one of them.")
     with input_error("the file is not text in UTF-8, save it as UTF-8"):
-        text = path.read_text(encoding="utf-8-sig").rstrip()
+        text = path.read_bytes().decode("utf-8-sig").rstrip()
     if not text:
         raise ValueError("the file is empty.")
-    suffix = path.suffix.lower()
     if suffix in (".yaml", ".yml"):
         content = yaml.safe_load(text)
         if not isinstance(content, dict) or not isinstance(content.get("prompts"), list):
@@ -149,40 +160,41 @@ def read_text_file(path, caption_column):
             raise ValueError("the key `prompts` is there twice; join the two lists.")
         return [(f"prompts[{i}]", {caption_column: caption}) for i, caption in enumerate(content["prompts"])]
     if suffix == ".json":
-        content = json.loads(text)
+        content = json.loads(text, object_pairs_hook=unique_keys)
         if not isinstance(content, list):
             raise ValueError('expected a list of objects, as in `[{"caption": "a cat"}]`, or of texts.')
-        rows = [{caption_column: row} if isinstance(row, str) else row for row in content]
-        return [(f"item {i}", row) for i, row in enumerate(rows)]
+        return [(f"item {i}", row) for i, row in enumerate(content)]
     if suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(text))
+        # Strict: else a quote that is not closed takes all lines that follow.
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        if reader.fieldnames.count(caption_column) > 1:
+            raise ValueError(f"the column `{caption_column}` is there twice.")
         return [(f"line {reader.line_num}", row) for row in reader]
     lines = [(f"line {number}", line) for number, line in enumerate(text.split("\n"), start=1)]
     if suffix == ".txt":
-        return [(place, {caption_column: line}) for place, line in lines]
+        return lines
     rows = []
     for place, line in lines:
         with input_error(f"{place} is not JSON"):
-            rows.append((place, json.loads(line)))
+            rows.append((place, json.loads(line, object_pairs_hook=unique_keys)))
     return rows
 
 
 def read_dataset(name, caption_column, split, cache_dir):
     """Reads a .parquet file, a folder or a dataset from the Hub. Returns what [`read_text_file`] does."""
-    source = {"path": "parquet", "data_files": name} if name.endswith(".parquet") else {"path": name}
+    source = {"path": "parquet", "data_files": name} if name.lower().endswith(".parquet") else {"path": name}
     kinds = f"{', '.join(TEXT_FILES)} file, nor a dataset with such `--dataset_split` and `--caption_column`"
-    with input_error(f"not a {kinds}"):
+    with input_error(without_hub(name, f"is not a {kinds}", "dataset")):
         dataset = datasets.load_dataset(**source, split=split, cache_dir=cache_dir).select_columns(caption_column)
     return [(f"row {i}", row) for i, row in enumerate(dataset)]
 
 
 def clean_captions(rows, caption_column):
-    """
-    The captions of the rows that [`read_text_file`] returns, in their order, without the white space around them and
-    without exact duplicates, and the number of duplicates. Raises `ValueError` that names the place.
-    """
+    """The captions of the rows that [`read_text_file`] returns, in their order, without the white space around them
+    and without exact duplicates, and the number of duplicates. Raises `ValueError` that names the place."""
     if not rows:
         raise ValueError("there are no captions in it.")
+    rows = [(place, {caption_column: row} if isinstance(row, str) else row) for place, row in rows]
     for place, row in rows:
         if not isinstance(row, dict) or caption_column not in row:
             raise ValueError(f"{place} has no `{caption_column}`; name the key or column with `--caption_column`.")
@@ -190,20 +202,22 @@ def clean_captions(rows, caption_column):
             raise ValueError(f"{place} has more cells than columns; put captions that have commas in quotes.")
         caption = row[caption_column]
         if not isinstance(caption, str):
-            raise ValueError(f"{place} is not a text but {reprlib.repr(caption)}; write it in quotes or remove it.")
+            found = reprlib.repr(caption)[:100]
+            raise ValueError(f"{place} is not a text but {found}; write it in quotes or remove it.")
         if not any(letter.isprintable() and not letter.isspace() for letter in caption):
             raise ValueError(f"{place} is blank; write a caption or remove it.")
+        if caption != caption.encode(errors="replace").decode():
+            raise ValueError(f"{place} holds half a character of Unicode: {caption[:100]!a}. Write it again.")
     captions = list(dict.fromkeys(row[caption_column].strip() for _, row in rows))
     return captions, len(rows) - len(captions)
 
 
 def load_captions(flag, source, caption_column, split, cache_dir):
-    """
-    The captions of a file, a folder or a dataset from the Hub, and the number of duplicates that were dropped; see
-    [`clean_captions`]. Raises `ValueError` of one line that names the flag, the source and the place in it.
-    """
+    """The captions of a file, a folder or a dataset from the Hub, and the number of duplicates that were dropped; see
+    [`clean_captions`]. Raises `ValueError` of one line that names the flag, the source and the place in it."""
     with input_error(f"`--{flag} {source}`"):
-        if Path(source).suffix.lower() in TEXT_FILES:
+        suffix = Path(source).suffix.lower()
+        if suffix in TEXT_FILES or (os.path.isfile(source) and suffix != ".parquet"):
             rows = read_text_file(Path(source), caption_column)
         else:
             rows = read_dataset(source, caption_column, split, cache_dir)
@@ -212,9 +226,8 @@ def load_captions(flag, source, caption_column, split, cache_dir):
 
 def load_validation_prompts(prompts, caption_column, cache_dir):
     """Like [`load_captions`]: the prompts themselves, or those of the one file that they name."""
-    files = [
-        name for name in prompts if Path(name).suffix.lower() in (*TEXT_FILES, ".parquet") or os.path.isfile(name)
-    ]
+    suffixes = (*TEXT_FILES, ".parquet")
+    files = [name for name in prompts if os.path.isfile(name) or Path(name).suffix.lower() in suffixes]
     if len(files) == len(prompts) == 1:
         return load_captions("validation_prompts", files[0], caption_column, "train", cache_dir)
     with input_error("`--validation_prompts`"):
@@ -242,12 +255,16 @@ def weight_files(source, subfolder, stem, layer=None):
 
 # Copied from train_srpo_wan_t2i.weights_fingerprint
 def weights_fingerprint(source, subfolder, stem, layer):
-    """Identifies a model by the weights of one layer, wherever they lie: the first 16 hex digits of the SHA-256 of the
-    little-endian bytes of `layer` in bfloat16. Only that tensor is read. See [`weight_files`]."""
+    """The [`fingerprint`] of one `layer` of a model, wherever it lies; see [`weight_files`]."""
     (file,) = weight_files(source, subfolder, stem, layer)
     with safe_open(file, framework="pt") as weights:
-        weight = weights.get_tensor(layer)
-    return hashlib.sha256(weight.to(torch.bfloat16).view(torch.int16).numpy().tobytes()).hexdigest()[:16]
+        return fingerprint(weights.get_tensor(layer))
+
+
+# Copied from train_srpo_wan_t2i.fingerprint
+def fingerprint(tensor):
+    """The first 16 hex digits of the SHA-256 of the little-endian bytes of a tensor in bfloat16."""
+    return hashlib.sha256(tensor.to(torch.bfloat16).view(torch.int16).numpy().tobytes()).hexdigest()[:16]
 
 
 # Copied from train_srpo_wan_t2i.read_shapes
@@ -275,16 +292,21 @@ def check_weights(model, found):
             raise ValueError(f"the weights {what} {len(tensors)} tensors, such as `{min(tensors)}`")
 
 
+# Copied from train_srpo_wan_t2i.require_finite
+def require_finite(model, flag):
+    """Refuses a model that was just loaded if one of its weights is NaN or infinite; `flag` says whence."""
+    if bad := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
+        raise ValueError(f"{flag}: the weights of `{bad[0]}` are NaN or infinite. Download them again.")
+
+
 def model_flag(source):
     """How messages name the base model; see [`weight_files`] for `source`."""
     return f"`--pretrained_model_name_or_path {source['pretrained_model_name_or_path']}`"
 
 
 def check_text_encoder(source):
-    """
-    Refuses a text encoder that is missing, or whose files do not hold exactly the tensors of its config. Returns its
-    config and its fingerprint. See [`weight_files`] for `source`.
-    """
+    """Refuses a text encoder that is missing, or whose files do not hold exactly the tensors of its config. Returns
+    its config and its fingerprint. See [`weight_files`] for `source`."""
     with input_error(f"{model_flag(source)} has no whole model in `text_encoder`"):
         config = transformers.AutoConfig.from_pretrained(**source, subfolder="text_encoder")
         with torch.device("meta"):
@@ -316,9 +338,8 @@ def check_tokens(token_ids, prompts, vocab_size):
     seen = {}
     for ids, prompt in zip(token_ids, prompts, strict=True):
         if max(ids) >= vocab_size:
-            raise ValueError(
-                f"it makes token {max(ids)} of {reprlib.repr(prompt)}, but the text encoder has {vocab_size}."
-            )
+            token = f"token {max(ids)} of {reprlib.repr(prompt)}"
+            raise ValueError(f"it makes {token}, but the text encoder has {vocab_size}.")
         other = seen.setdefault(tuple(ids), prompt)
         if pipeline_wan.prompt_clean(other) != pipeline_wan.prompt_clean(prompt):
             pair = f"{reprlib.repr(other)} and {reprlib.repr(prompt)}"
@@ -326,35 +347,32 @@ def check_tokens(token_ids, prompts, vocab_size):
 
 
 def load_pipeline(source, dtype, **parts):
-    """A `WanPipeline` without the parts that are given as `None`: they are neither downloaded nor loaded."""
+    """A `WanPipeline` without the parts that are given as `None`: they are neither downloaded nor loaded. `ValueError`
+    if it cannot be loaded, or a weight is not finite."""
     with input_error(f"{model_flag(source)} cannot be loaded"):
-        return diffusers.WanPipeline.from_pretrained(**source, transformer_2=None, vae=None, dtype=dtype, **parts)
+        pipe = diffusers.WanPipeline.from_pretrained(**source, transformer_2=None, vae=None, dtype=dtype, **parts)
+    for name in {"text_encoder", "transformer"} - parts.keys():
+        require_finite(getattr(pipe, name), f"{model_flag(source)}, `{name}`")
+    return pipe
 
 
 def embed(pipe, prompts, max_sequence_length):
-    """
-    Embeds prompts as `WanPipeline` does, then cuts off its zero padding. Returns for each prompt an int16 array
-    (tokens, text_dim), the bit pattern of bfloat16. Raises `ValueError` if an embedding is not finite.
-    """
+    """Embeds prompts as `WanPipeline` does, then cuts off its zero padding. Returns for each prompt an int16 array
+    (tokens, text_dim), the bit pattern of bfloat16. Raises `ValueError` if an embedding is not finite."""
+    options = {"do_classifier_free_guidance": False, "max_sequence_length": max_sequence_length}
     with torch.no_grad():
-        prompt_embeds, _ = pipe.encode_prompt(
-            prompts, do_classifier_free_guidance=False, max_sequence_length=max_sequence_length
-        )
+        prompt_embeds, _ = pipe.encode_prompt(prompts, **options)
     finite = prompt_embeds.isfinite().all(dim=2).all(dim=1)
     if not finite.all():
-        prompt = prompts[finite.tolist().index(False)]
-        raise ValueError(
-            f"The text encoder makes NaN or infinite numbers of {reprlib.repr(prompt)}. Check its weights."
-        )
+        prompt = reprlib.repr(prompts[finite.tolist().index(False)])
+        raise ValueError(f"The text encoder makes NaN or infinite numbers of {prompt}. Check its weights.")
     bits = prompt_embeds.to("cpu", torch.bfloat16).view(torch.int16).numpy()
     return [row[: len(ids)] for row, ids in zip(bits, tokenize(pipe.tokenizer, prompts), strict=True)]
 
 
 def embed_share(accelerator, pipe, prompts, batch_size, provenance, folder):
-    """
-    Embeds this process's share of the prompts into its own Arrow file in `folder`. `provenance` are the values of the
-    constant columns. Returns the files of all processes; in this order they hold the prompts in theirs.
-    """
+    """Embeds this process's share of the prompts into its own Arrow file in `folder`. `provenance` are the values of
+    the constant columns. Returns the files of all processes; in this order they hold the prompts in theirs."""
     files = [str(folder / f"{i}.arrow") for i in range(accelerator.num_processes)]
     features = datasets.Features(
         caption=datasets.Value("string"),
@@ -402,15 +420,13 @@ class Boundary(NamedTuple):
     settings: dict  # the `BOUNDARY_SETTINGS`
     sigma: float  # `boundary_ratio` of the model
     shape: tuple[int, int, int, int]  # of one latent: (channels, 1, height, width)
-    seeds: list[int]  # one for each latent of a caption
+    seeds: range  # one for each latent of a caption
     guidance_scale: float
 
 
 def read_boundary_settings(args, index):
-    """
-    The [`Boundary`] that the flags and the configs of the base model make; `index` is its model_index.json. Raises
-    `ValueError` if the model cannot paint it.
-    """
+    """The [`Boundary`] that the flags and the configs of the base model make; `index` is its model_index.json. Raises
+    `ValueError` if the model cannot paint it."""
     source = model_source(args)
     if index.get("boundary_ratio") is None:
         raise ValueError("`--boundary_latents` needs a model of two experts; this one has no `boundary_ratio`.")
@@ -427,10 +443,8 @@ def read_boundary_settings(args, index):
     for name, patch_size in zip(("height", "width"), transformer["patch_size"][1:], strict=True):
         value, multiple = getattr(args, name), scale * patch_size
         if value % multiple:
-            near = max(1, round(value / multiple)) * multiple
-            raise ValueError(
-                f"`--{name} {value}` must be a multiple of {multiple} for this model, for example {near}."
-            )
+            problem = f"`--{name} {value}` must be a multiple of {multiple} for this model"
+            raise ValueError(f"{problem}, for example {max(1, round(value / multiple)) * multiple}.")
     settings = {name: getattr(args, name) for name in BOUNDARY_SETTINGS}
     settings["rollout_shift"] = args.rollout_shift or scheduler.get("flow_shift", 1.0)
     schedule = make_scheduler(args.rollout_scheduler, settings["rollout_shift"])
@@ -438,13 +452,9 @@ def read_boundary_settings(args, index):
     if schedule.timesteps[-1] >= 1000 * index["boundary_ratio"]:
         problem = "leaves no noise level below the boundary for the low-noise expert"
         raise ValueError(f"`--sampling_steps {args.sampling_steps}` {problem}; take more.")
-    return Boundary(
-        settings=settings,
-        sigma=index["boundary_ratio"],
-        shape=(transformer["in_channels"], 1, args.height // scale, args.width // scale),
-        seeds=list(range(args.seed, args.seed + args.boundary_latents)),
-        guidance_scale=args.boundary_guidance_scale,
-    )
+    shape = (transformer["in_channels"], 1, args.height // scale, args.width // scale)
+    seeds = range(args.seed, args.seed + args.boundary_latents)
+    return Boundary(settings, index["boundary_ratio"], shape, seeds, args.boundary_guidance_scale)
 
 
 def check_high_noise_expert(source):
@@ -470,11 +480,9 @@ def load_high_noise_expert(source, dtype, boundary, device, group_offload):
 
 
 def paint_to_boundary(pipe, prompt_embeds, negative_prompt_embeds, noise, boundary):
-    """
-    Paints with `WanPipeline` until the first noise level below the boundary. `prompt_embeds` and
+    """Paints with `WanPipeline` until the first noise level below the boundary. `prompt_embeds` and
     `negative_prompt_embeds` (B, L, D), `noise` (B, C, 1, H, W) float32; returns latents of the shape of the noise, on
-    the CPU. Raises `ValueError` if they are not finite.
-    """
+    the CPU. Raises `ValueError` if they are not finite."""
 
     def stop_at_boundary(pipe, step, _timestep, tensors):
         following = pipe.scheduler.timesteps[step + 1 : step + 2]
@@ -500,17 +508,15 @@ def paint_to_boundary(pipe, prompt_embeds, negative_prompt_embeds, noise, bounda
 
 
 def paint_share(accelerator, pipe, file, negative_prompt_embeds, boundary, batch_size):
-    """
-    Paints the boundary latents of the captions in `file`, which this process wrote, into `{file}.boundary`.
-    `negative_prompt_embeds` (1, L, D) bfloat16 are padded.
-    """
+    """Paints the boundary latents of the captions in `file`, which this process wrote, into `{file}.boundary`.
+    `negative_prompt_embeds` (1, L, D) bfloat16 are padded."""
     draws = [torch.randn(boundary.shape, generator=torch.Generator().manual_seed(seed)) for seed in boundary.seeds]
     features = datasets.Features(
         boundary_latents=datasets.Array5D((len(draws), *boundary.shape), "float32"),
         boundary_seeds=datasets.Sequence(datasets.Value("int64")),
         boundary_settings=datasets.Value("string"),
     )
-    constant = {"boundary_seeds": boundary.seeds, "boundary_settings": json.dumps(boundary.settings)}
+    constant = {"boundary_seeds": [*boundary.seeds], "boundary_settings": json.dumps(boundary.settings)}
     length, device = negative_prompt_embeds.shape[1], accelerator.device
     rows = datasets.Dataset.from_file(file).with_format("numpy")
     starts = range(0, len(rows), batch_size)
@@ -554,15 +560,88 @@ def make_card(dataset, repo_id):
     )
 
 
-def save_dataset(dataset, card, partial_dir, output_dir):
-    """Writes the dataset into `partial_dir`, then moves it to `output_dir`, in place of what was there."""
-    complete_dir = partial_dir / "complete"
-    dataset.save_to_disk(complete_dir)
-    (complete_dir / "README.md").write_text(card, encoding="utf-8")
-    if output_dir.exists():
-        output_dir.rename(partial_dir / "replaced")
-    complete_dir.rename(output_dir)
-    shutil.rmtree(partial_dir)
+def move_into_place(output_dir):
+    """Moves a dataset that is complete out of its folder in `output_dir`, in place of the one before, and returns
+    whether there was one. If that is interrupted, it can be called again; until it ends, `datasets` finds none there.
+    Files that this script did not write stay."""
+    complete, moving = output_dir / COMPLETE, output_dir / MOVING
+    if complete.is_dir():
+        for path in [path for pattern in DATASET_FILES for path in output_dir.glob(pattern)]:
+            path.unlink()
+            with suppress(OSError):  # not empty, such as `output_dir` itself
+                path.parent.rmdir()
+        complete.rename(moving)
+    if found := moving.is_dir():
+        for file in sorted(filter(Path.is_file, moving.rglob("*")), key=lambda file: file.name == DICT_FILE):
+            target = output_dir / file.relative_to(moving)
+            if target.name == MARKER:
+                target.write_bytes(file.read_bytes())  # in place, since it is locked
+            else:
+                target.parent.mkdir(exist_ok=True)
+                file.replace(target)
+        shutil.rmtree(moving)
+    return found
+
+
+# Copied from train_srpo_wan_t2i.discard
+def discard(path):
+    """Removes a file or a folder, if there is one. A folder is renamed first: what is left of it never looks whole."""
+    if path.is_dir():
+        shutil.rmtree(path.rename(f"{path}.discarded.unfinished"))
+    else:
+        path.unlink(missing_ok=True)
+
+
+# Copied from train_srpo_wan_t2i.written
+@contextmanager
+def written(path, size=1e6):
+    """A path beside `path` to write a file or folder of about `size` bytes to. If the block succeeds, it is flushed to
+    the disk and takes the place of `path`, where a link is followed; else it is removed. Ends the program if the disk
+    is full, or would be."""
+    path = Path(path).resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    discard(new := path.with_name(f"{path.name}.unfinished"))
+    free = shutil.disk_usage(path.parent).free
+    full = f"error: the disk is full: `{path}` takes {size / 1e9:.3g} GB, and {free / 1e9:.3g} GB were free"
+    if free < size:
+        raise SystemExit(full)
+    try:
+        yield new
+        for file in filter(Path.is_file, (new, *new.rglob("*"))):
+            file.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
+            with file.open("rb") as stream:
+                os.fsync(stream)
+    except BaseException as error:
+        is_full = "No space left" in str(error) or shutil.disk_usage(path.parent).free < 2**20
+        discard(new)
+        raise SystemExit(full) if is_full else error from error
+    if path.is_dir():
+        discard(path)
+    new.replace(path)
+
+
+# Copied from train_srpo_wan_t2i.claim_output_dir
+@contextmanager
+def claim_output_dir(folder, size):
+    """Makes the output folder and holds its lock, which the kernel releases however the process ends. `ValueError` if
+    another process holds it, or less than `size` bytes are free. If the marker stays empty, all is as before."""
+    marker, made = folder / MARKER, [each for each in (folder, *folder.parents) if not each.exists()]
+    with input_error(f"`--output_dir {folder}` cannot be written, or another run is writing to it; choose another"):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = marker.open("a")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with lock:
+        for leftover in (*folder.glob("*.unfinished"), *folder.glob("*/*.unfinished")):
+            discard(leftover)
+        try:
+            if (free := shutil.disk_usage(folder).free) < size:
+                needs = f"{size / 1e9:.3g} GB, of which {free / 1e9:.3g} GB are free"
+                raise ValueError(f"`--output_dir {folder}`: the disk is full: the run needs {needs}.")
+            yield
+        finally:
+            if marker.stat().st_size == 0:
+                for remove in (marker.unlink, *(each.rmdir for each in made)):
+                    remove()
 
 
 # Copied from train_srpo_wan_t2i.with_retries
@@ -582,30 +661,30 @@ def with_retries(request, attempts=5):
             time.sleep(2**attempt)
 
 
-def push_to_hub(repo_id, output_dir, token, private):
+def push_to_hub(repo_id, output_dir, private):
     """Uploads the dataset and its card. Raises `ValueError` that says how to try again; `output_dir` stays whole."""
     private = private or None  # None leaves it to the default of the account or organization
-    hub = {"repo_id": repo_id, "token": token}
     create = partial(huggingface_hub.create_repo, repo_type="dataset", private=private, exist_ok=True)
     card = {"path_or_fileobj": Path(output_dir, "README.md"), "path_in_repo": "README.md", "repo_type": "dataset"}
     retry = f"datasets.load_from_disk({output_dir!r}).push_to_hub({repo_id!r}, private={private})"
     command = f'python -c "import datasets; {retry}"'
     # No network, no rights, no space: whatever it is, the work is on the disk.
     with input_error(f"`--push_to_hub` failed. The dataset is in {output_dir}; upload it with `{command}`. The cause"):
-        hub["repo_id"] = with_retries(lambda: create(**hub)).repo_id
-        with_retries(lambda: huggingface_hub.upload_file(**hub, **card))
-        with_retries(lambda: datasets.load_from_disk(output_dir).push_to_hub(**hub, private=private))
+        repo_id = with_retries(lambda: create(repo_id)).repo_id
+        with_retries(lambda: huggingface_hub.upload_file(repo_id=repo_id, **card))
+        with_retries(lambda: datasets.load_from_disk(output_dir).push_to_hub(repo_id, private=private))
 
 
 # ---- Flags, and what is refused before anything is loaded or written. -----------------------------------------------
 # Copied from train_srpo_wan_t2i.input_error
 @contextmanager
 def input_error(cause):
-    """Turns whatever a library says of unreadable input into a `ValueError` of one line that begins with `cause`."""
+    """Turns whatever is said of bad input into a `ValueError` of one line, not too long, that begins with `cause`."""
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{cause}: {' '.join(str(error).split())}") from error
+        message = " ".join(f"{cause}: {error}".split())
+        raise ValueError(message if len(message) < 900 else f"{message[:600]} ... {message[-290:]}") from error
 
 
 # Copied from train_srpo_wan_t2i.one_line_errors
@@ -618,12 +697,27 @@ def one_line_errors():
         raise SystemExit(f"error: {error}") from error
 
 
+# Copied from train_srpo_wan_t2i.HelpFormatter
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the default of every flag that has one."""
+    def _get_help_string(self, action):  # no default where there is none, or where the help says it in words
+        hidden = action.default is None or action.nargs == 0 or "Default: " in action.help
+        return action.help if hidden else super()._get_help_string(action)
 
-    def _get_help_string(self, action):
-        has_default = action.default is not None and action.nargs != 0
-        return super()._get_help_string(action) if has_default else action.help
+
+# Copied from train_srpo_wan_t2i.number
+def number(kind=float, at_least=-math.inf, above=-math.inf, below=2**63):
+    """An argparse type: a number of this `kind` within these limits, of which NaN is in none."""
+
+    def convert(text):
+        value = kind(text)
+        if not (at_least <= value and above < value < below and abs(value) < 2**63):
+            limits = {"at least": at_least, "above": above, "below": below}
+            words = " and ".join(f"{name} {limit}" for name, limit in limits.items() if abs(limit) < 2**63)
+            raise argparse.ArgumentTypeError(f"must be {words or 'finite'}, but is {value}")
+        return value
+
+    convert.__name__ = "whole number" if kind is int else "number"  # as argparse names it
+    return convert
 
 
 def parse_args(input_args=None):
@@ -632,8 +726,9 @@ def parse_args(input_args=None):
         usage="accelerate launch %(prog)s --pretrained_model_name_or_path M --prompts P --output_dir O "
         "[options, see --help]",
         formatter_class=HelpFormatter,
+        allow_abbrev=False,
     )
-
+    count, positive, guidance = number(int, at_least=1), number(above=0), number(at_least=1)
     # fmt: off
     add = parser.add_argument_group("model").add_argument
     add("--pretrained_model_name_or_path", required=True,
@@ -651,20 +746,23 @@ def parse_args(input_args=None):
         help="The column of the dataset, or the key of the objects, containing a caption. Not for .yaml and .txt.")
     add("--dataset_split", default="train", help="The split to read of a dataset.")
     add("--validation_prompts", nargs="+", help="Prompts to paint in training, or one file of them.")
-    add("--negative_prompt", default=WAN_NEGATIVE_PROMPT, help="The prompt not to guide the image generation.")
-    add("--max_sequence_length", type=int, default=MAX_SEQUENCE_LENGTH,
+    add("--negative_prompt", default=WAN_NEGATIVE_PROMPT,
+        help='The prompt not to guide the image generation; "" for none.')
+    add("--max_sequence_length", type=count, default=MAX_SEQUENCE_LENGTH,
         help="Maximum sequence length to use with the text encoder. Longer captions are truncated.")
-    add("--batch_size", type=int, default=8, help="Batch size (per device), in captions.")
+    add("--batch_size", type=count, default=8, help="Batch size (per device), in captions.")
     add = parser.add_argument_group("boundary latents").add_argument
-    add("--boundary_latents", type=int, metavar="K",
+    add("--boundary_latents", type=count, metavar="K",
         help="Also store, for each caption, K latents that the high-noise expert painted down to its boundary.")
-    add("--height", type=int, help="The height in pixels of the images to train on.")
-    add("--width", type=int, help="The width in pixels of the images to train on.")
-    add("--sampling_steps", type=int, help="The number of denoising steps of a rollout, both experts'.")
+    add("--height", type=count, help="The height in pixels of the images to train on.")
+    add("--width", type=count, help="The width in pixels of the images to train on.")
+    add("--sampling_steps", type=number(int, at_least=1, below=1001),
+        help="The number of denoising steps of a rollout, both experts'.")
     add("--rollout_scheduler", choices=["unipc", "euler"], help="The solver of rollouts.")
-    add("--rollout_shift", type=float, help="Shift of the rollout's schedule. Default: `flow_shift` of the model.")
-    add("--boundary_guidance_scale", type=float, help="Guidance scale of the high-noise expert.")
-    add("--seed", type=int, help="The seed of the first latent; the next has the next.")
+    add("--rollout_shift", type=positive, help="Shift of the rollout's schedule. Default: `flow_shift` of the model.")
+    add("--boundary_guidance_scale", type=guidance, help="Guidance scale of the high-noise expert.")
+    add("--seed", type=number(int, at_least=0, below=2**32),
+        help="The seed of the first latent; the next has the next.")
     add("--group_offload", action="store_true",
         help="Keep the expert in host memory and move one block at a time to the GPU, if it has less than 32 GB.")
     parser.set_defaults(**BOUNDARY_DEFAULTS)  # of the flags of this group
@@ -674,59 +772,75 @@ def parse_args(input_args=None):
         help="Replace the dataset there, once the new one is complete.")
     add("--push_to_hub", action="store_true", help="Whether or not to push the dataset to the Hub.")
     add("--hub_dataset_id", help="The name of the dataset to push to. Default: the name of `output_dir`.")
-    add("--hub_token", help="The token to use to push to the Hub.")
     add("--hub_private_repo", action="store_true", help="Whether to create the repository as private.")
     # fmt: on
 
-    return parser.parse_args(input_args)
+    args, unknown = parser.parse_known_args(input_args)
+    if unknown:  # without their values, since one may be a token
+        names = " ".join(word.split("=")[0] for word in unknown if word.startswith("-")) or "a value without a flag"
+        parser.error(f"unknown arguments: {names}. See --help; tokens come from `hf auth login` or HF_TOKEN.")
+    check_flags(args, parser)
+    return args
 
 
-def check_values(args):
-    """Refuses values that no run can use."""
-    for name in ("max_sequence_length", "batch_size", "boundary_latents", "height", "width", "sampling_steps"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"`--{name}` must be at least 1, but is {value}.")
-    if args.rollout_shift is not None and not 0 < args.rollout_shift < math.inf:
-        raise ValueError(f"`--rollout_shift` must be positive and finite, but is {args.rollout_shift}.")
-    if not math.isfinite(args.boundary_guidance_scale):
-        raise ValueError(f"`--boundary_guidance_scale` must be finite, but is {args.boundary_guidance_scale}.")
-    if not 0 <= args.seed < 2**63 - (args.boundary_latents or 0):
-        raise ValueError(f"`--seed` must be at least 0 and of 63 bits, but is {args.seed}.")
-    for name, default in BOUNDARY_DEFAULTS.items():
-        if args.boundary_latents is None and getattr(args, name) != default:
-            raise ValueError(f"`--{name}` needs `--boundary_latents`; embeddings do not depend on it.")
-    if args.push_to_hub and not (args.hub_token or huggingface_hub.get_token()):
-        raise ValueError("`--push_to_hub` needs a token: run `hf auth login`, set HF_TOKEN or pass `--hub_token`.")
-    if args.push_to_hub:
-        with input_error("`--hub_dataset_id`, by default the name of `--output_dir`, cannot name a dataset"):
-            huggingface_hub.utils.validate_repo_id(args.hub_dataset_id or output_dirs(args)[0].name)
-
-
-def output_dirs(args):
-    """The folder to write, and the one beside it for what is not complete yet. A link is followed."""
-    output_dir = Path(args.output_dir).resolve()
-    return output_dir, output_dir.with_name(f"{output_dir.name}.partial")
+def check_flags(args, parser):
+    """Refuses flags that are blank, that contradict each other, or that mean nothing beside the others."""
+    for name, value in vars(args).items():
+        texts = value if isinstance(value, list) else [value]
+        is_none = name == "negative_prompt" and value == ""  # an empty negative prompt has a meaning
+        if any(isinstance(text, str) and not text.strip() for text in texts) and not is_none:
+            parser.error(f"`--{name} {' '.join(texts)}` must not be blank.")
+    if args.push_to_hub and not huggingface_hub.get_token():
+        parser.error("`--push_to_hub` needs `hf auth login` or HF_TOKEN.")
+    suffixes = {Path(source).suffix.lower() for source in (args.prompts, *(args.validation_prompts or ()))}
+    is_file = Path(args.prompts).suffix.lower() in (*TEXT_FILES, ".parquet")
+    has_columns = not is_file or suffixes & {".json", ".jsonl", ".csv", ".parquet"}
+    for pointless, names, why in (
+        (args.boundary_latents is None, BOUNDARY_DEFAULTS, "needs `--boundary_latents`"),
+        (not args.push_to_hub, ("hub_dataset_id", "hub_private_repo"), "needs `--push_to_hub`"),
+        (is_file, ("dataset_split",), "is for datasets; a file has no splits"),
+        (not has_columns, ("caption_column",), "is for files and datasets that have columns or keys"),
+    ):
+        for name in names:
+            if pointless and vars(args)[name] != parser.get_default(name):
+                parser.error(f"`--{name}` {why}.")
 
 
 def check_output_dir(args):
-    """Refuses to write over files that this script did not write."""
-    output_dir, partial_dir = output_dirs(args)
-    name = f"`--output_dir {args.output_dir}`"
-    if os.path.exists(output_dir) and not os.path.isdir(output_dir):
-        raise ValueError(f"{name} is a file; choose a folder.")
-    if os.path.ismount(output_dir):
-        raise ValueError(f"{name} is a mount point, which cannot be replaced; choose a folder in it.")
-    found = {path.name for path in output_dir.iterdir()} if os.path.isdir(output_dir) else set()
-    if found and not args.overwrite_output_dir:
-        raise ValueError(f"{name} is not empty; choose another or `--overwrite_output_dir`.")
-    if found and "dataset_dict.json" not in found:
-        raise ValueError(f"{name} holds no dataset to overwrite; choose another.")
-    # Not `replaced` of the other folder: a run that was interrupted at the wrong moment left its only copy there.
-    for folder, own in ((output_dir, {"dataset_dict.json", "README.md"}), (partial_dir, {"complete"})):
-        for path in folder.iterdir() if os.path.isdir(folder) else ():
-            if path.name not in own | set(SPLITS):
-                raise ValueError(f"{name} would delete `{path}`; move it, or choose another folder.")
+    """Refuses to write into a folder that is in use for something else, or that holds an input of this script; and a
+    name that the Hub does not take."""
+    output, flag = Path(args.output_dir), f"`--output_dir {args.output_dir}`"
+    with input_error(f"{flag} cannot be used"):
+        found = {path.name for path in output.iterdir()} if output.is_symlink() or output.exists() else set()
+    for name in ("pretrained_model_name_or_path", "prompts", "validation_prompts"):
+        value = vars(args)[name] or []
+        for path in filter(os.path.exists, value if isinstance(value, list) else [value]):
+            if output.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
+                raise ValueError(f"`--{name} {path}` lies in {flag}. Choose another folder to write to.")
+    rest = found - {MARKER, f"{COMPLETE}.unfinished"}  # what a run leaves that is killed before it wrote a dataset
+    if found and MARKER not in found or rest and not rest & {DICT_FILE, COMPLETE, MOVING}:
+        raise ValueError(f"{flag} is not empty, and not the folder of a dataset of this script. Choose another.")
+    if rest and not (args.overwrite_output_dir or rest & {COMPLETE, MOVING}):
+        raise ValueError(f"{flag} is not empty. Choose another, or replace its dataset with `--overwrite_output_dir`.")
+    if args.push_to_hub:
+        with input_error("`--hub_dataset_id`, by default the name of `--output_dir`, cannot name a dataset"):
+            huggingface_hub.utils.validate_repo_id(args.hub_dataset_id or output.resolve().name)
+
+
+def without_hub(name, cause, repo_type="model"):
+    """What to say if `name` cannot be read: `cause`, unless it is not here and the Hub does not answer. Then only the
+    cache is used from here on, since libraries would ask the Hub again for half a minute for every file."""
+    if os.path.exists(name):
+        return cause
+    try:
+        huggingface_hub.HfApi().repo_info(name, repo_type=repo_type, timeout=5)
+    except huggingface_hub.errors.HFValidationError:
+        return cause  # since it is not a name that the Hub takes
+    except Exception as error:
+        if getattr(getattr(error, "response", None), "status_code", 500) >= 500:
+            huggingface_hub.constants.HF_HUB_OFFLINE = True
+            return "is not here, and the Hub cannot be reached"
+    return cause
 
 
 def model_source(args):
@@ -741,7 +855,8 @@ def read_index(source):
     missing = [part for part in ("model_index.json", "tokenizer", "text_encoder") if not Path(path, part).exists()]
     if Path(path).is_dir() and missing:
         raise ValueError(f"{model_flag(source)} is a folder without {', '.join(missing)}.")
-    with input_error(f"{model_flag(source)} is not a Wan pipeline in the layout of diffusers"):
+    cause = without_hub(path, "is not a Wan pipeline in the layout of diffusers")
+    with input_error(f"{model_flag(source)} {cause}"):
         return diffusers.WanPipeline.load_config(**source)
 
 
@@ -754,62 +869,52 @@ class Inputs(NamedTuple):
     provenance: dict  # the columns that are constant
     boundary: Boundary | None
     two_experts: bool
+    size: int  # in bytes, about, of all that is written; twice that of the dataset, which is joined by copying
 
 
 def check_inputs(args):
     """The [`Inputs`] that the flags name. Raises `ValueError` of one line if anything could not succeed with them."""
-    check_values(args)
     check_output_dir(args)
     prompts, duplicates = {}, {}
-    prompts["train"], duplicates["train"] = load_captions(
-        "prompts", args.prompts, args.caption_column, args.dataset_split, args.cache_dir
-    )
-    prompts["negative"] = [args.negative_prompt]
+    column, cache_dir = args.caption_column, args.cache_dir
+    found = load_captions("prompts", args.prompts, column, args.dataset_split, cache_dir)
+    (prompts["train"], duplicates["train"]), prompts["negative"] = found, [args.negative_prompt]
     if args.validation_prompts:
-        prompts["validation"], duplicates["validation"] = load_validation_prompts(
-            args.validation_prompts, args.caption_column, args.cache_dir
-        )
-
+        found = load_validation_prompts(args.validation_prompts, column, cache_dir)
+        prompts["validation"], duplicates["validation"] = found
     # Will error if the minimal version of diffusers is not installed. Remove at your own risks.
     diffusers.utils.check_min_version("0.40.0")
-    source = model_source(args)
-    index = read_index(source)
+    index = read_index(source := model_source(args))
     boundary = read_boundary_settings(args, index) if args.boundary_latents else None
     config, fingerprint = check_text_encoder(source)
-    texts = sum(prompts.values(), [])
-    token_ids = tokenize(load_tokenizer(source), texts)
+    texts, tokenizer = sum(prompts.values(), []), load_tokenizer(source)
     with input_error(f"{model_flag(source)}, `tokenizer`"):
+        token_ids = tokenize(tokenizer, texts)
         check_tokens(token_ids, texts, config.vocab_size)
+    lengths = [min(len(ids), args.max_sequence_length) for ids in token_ids]
+    size = 2 * config.d_model * sum(lengths)
     if boundary:
         check_high_noise_expert(source)
-    return Inputs(
-        prompts=prompts,
-        duplicates=duplicates,
-        truncated=[text for text, ids in zip(texts, token_ids, strict=True) if len(ids) > args.max_sequence_length],
-        provenance={
-            "text_encoder": "@".join(filter(None, [args.pretrained_model_name_or_path, args.revision])),
-            "text_encoder_fingerprint": fingerprint,
-            "max_sequence_length": args.max_sequence_length,
-        },
-        boundary=boundary,
-        two_experts=index.get("transformer_2", [None, None])[1] is not None,
-    )
+        size += 4 * math.prod(boundary.shape) * len(boundary.seeds) * len(prompts["train"])
+    provenance = {
+        "text_encoder": "@".join(filter(None, [args.pretrained_model_name_or_path, args.revision])),
+        "text_encoder_fingerprint": fingerprint,
+        "max_sequence_length": args.max_sequence_length,
+    }
+    truncated = [text for text, ids, length in zip(texts, token_ids, lengths, strict=True) if len(ids) > length]
+    two_experts = index.get("transformer_2", [None, None])[1] is not None
+    return Inputs(prompts, duplicates, truncated, provenance, boundary, two_experts, 2 * size)
 
 
 # ---- The run. -------------------------------------------------------------------------------------------------------
 def next_command(args, two_experts):
     """The command that trains on the dataset, with every flag in which it must follow `args`."""
-    options = {
-        "pretrained_model_name_or_path": args.pretrained_model_name_or_path,
-        "dataset_name": args.output_dir,
-        "revision": args.revision,
-        "variant": args.variant,
-        "cache_dir": args.cache_dir,
-        "max_sequence_length": args.max_sequence_length,
-        "transformer_subfolder": None if two_experts else "transformer",
-    }
+    options = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, "dataset_name": args.output_dir}
+    names = ("revision", "variant", "cache_dir", "max_sequence_length")
     if args.boundary_latents:
-        options |= {"rollout_start": "boundary", **{name: getattr(args, name) for name in BOUNDARY_SETTINGS}}
+        names, options["rollout_start"] = (*names, *BOUNDARY_SETTINGS), "boundary"
+    options |= {name: getattr(args, name) for name in names}
+    options["transformer_subfolder"] = None if two_experts else "transformer"
     defaults = {"max_sequence_length": MAX_SEQUENCE_LENGTH, **BOUNDARY_DEFAULTS}
     given = {name: value for name, value in options.items() if value != defaults.get(name)}
     words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
@@ -818,12 +923,12 @@ def next_command(args, two_experts):
 
 def log_summary(args, inputs, num_processes):
     """Says what was written, and what to do next."""
-    size = sum(file.stat().st_size for file in Path(args.output_dir).rglob("*") if file.is_file())
+    size = sum(file.stat().st_size for pattern in DATASET_FILES for file in Path(args.output_dir).glob(pattern))
     logger.info("***** Embedded prompts *****")
-    logger.info(f"  Num captions = {len(inputs.prompts['train'])} ({inputs.duplicates['train']} duplicates dropped)")
-    if "validation" in inputs.prompts:
-        dropped = f"({inputs.duplicates['validation']} duplicates dropped)"
-        logger.info(f"  Num validation prompts = {len(inputs.prompts['validation'])} {dropped}")
+    for split, name in (("train", "captions"), ("validation", "validation prompts")):
+        if split in inputs.prompts:
+            dropped = f"({inputs.duplicates[split]} duplicates dropped)"
+            logger.info(f"  Num {name} = {len(inputs.prompts[split])} {dropped}")
     logger.info(f"  Num processes = {num_processes}")
     logger.info(f"  Num truncated = {len(inputs.truncated)}")
     if args.boundary_latents:
@@ -832,52 +937,72 @@ def log_summary(args, inputs, num_processes):
     logger.info(f"  Next: {next_command(args, inputs.two_experts)}")
 
 
-def main(args):
-    with one_line_errors():
-        inputs = check_inputs(args)
-
-    accelerator = accelerate.Accelerator()
-    logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", level=logging.INFO)
+def embed_and_paint(accelerator, args, inputs, folder):
+    """Embeds and paints the share of this process into `folder`. Returns what [`embed_share`] does, by split."""
     source, dtype = model_source(args), torch.float32 if args.dtype == "fp32" else torch.bfloat16
-    output_dir, partial_dir = output_dirs(args)
-    if inputs.truncated and accelerator.is_main_process:
+    # The text encoder: every process embeds its share of each split.
+    pipe = load_pipeline(source, dtype, transformer=None, scheduler=None).to(accelerator.device)
+    files = {}
+    for split, prompts in inputs.prompts.items():
+        files[split] = embed_share(accelerator, pipe, prompts, args.batch_size, inputs.provenance, folder / split)
+    # The high-noise expert, in the place of the text encoder, paints the same share of the captions.
+    if inputs.boundary:
+        del pipe
+        pipe = load_high_noise_expert(source, dtype, inputs.boundary, accelerator.device, args.group_offload)
+        negative = datasets.Dataset.from_file(files["negative"][0]).with_format("numpy")["prompt_embeds"]
+        negative = unpack_prompt_embeds(negative, args.max_sequence_length, torch.bfloat16)
+        file = files["train"][accelerator.process_index]
+        paint_share(accelerator, pipe, file, negative, inputs.boundary, args.batch_size)
+    return files
+
+
+def begin(args, inputs):
+    """Puts what a killed run had completed in its place, and warns of prompts that are too long."""
+    if move_into_place(Path(args.output_dir)) and not args.overwrite_output_dir:
+        problem = f"`--output_dir {args.output_dir}` held the complete dataset of a run that was killed"
+        raise ValueError(f"{problem}. It is in its place now; to replace it, use `--overwrite_output_dir`.")
+    if inputs.truncated:
         of_all = f"{len(inputs.truncated)} of {sum(map(len, inputs.prompts.values()))} prompts (all splits)"
-        first, length = reprlib.repr(inputs.truncated[0]), f"`--max_sequence_length {args.max_sequence_length}`"
-        logger.warning(f"{of_all}, such as {first}, will be truncated to {length} tokens.")
+        first, limit = reprlib.repr(inputs.truncated[0]), f"`--max_sequence_length {args.max_sequence_length}`"
+        logger.warning(f"{of_all}, such as {first}, will be truncated to {limit} tokens.")
 
-    with one_line_errors():
-        # 1. Empty folders beside the output for what is not complete yet. What an interrupted run left there goes.
-        if accelerator.is_main_process:
-            with input_error(f"`--output_dir {args.output_dir}` cannot be written; choose another"):
-                shutil.rmtree(partial_dir, ignore_errors=True)
+
+def main(args):
+    for number in (signal.SIGTERM, signal.SIGINT):  # they end this script as an error does
+        signal.signal(number, lambda number, _frame: sys.exit(128 + number))
+    output_dir, complete = Path(args.output_dir), Path(args.output_dir, COMPLETE)
+    with one_line_errors(), ExitStack() as held:
+        # 1. Refuse what cannot succeed before anything is loaded, and hold the output folder until the end.
+        inputs = check_inputs(args)
+        accelerator = accelerate.Accelerator()
+        logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", level=logging.INFO)
+        is_main, repo_id = accelerator.is_main_process, args.hub_dataset_id or output_dir.resolve().name
+        if is_main:
+            held.enter_context(claim_output_dir(output_dir, inputs.size))
+            begin(args, inputs)
+
+        # 2. All processes write their shares into one folder.
+        unfinished = nullcontext(Path(f"{complete.resolve()}.unfinished"))
+        with written(complete, inputs.size) if is_main else unfinished as new:
+            shares = new / "shares"
+            if is_main:
                 for split in inputs.prompts:
-                    (partial_dir / split).mkdir(parents=True)
-        accelerator.wait_for_everyone()
-
-        # 2. The text encoder: every process embeds its share of each split.
-        pipe = load_pipeline(source, dtype, transformer=None, scheduler=None).to(accelerator.device)
-        files = {}
-        for split, prompts in inputs.prompts.items():
-            folder, provenance = partial_dir / split, inputs.provenance
-            files[split] = embed_share(accelerator, pipe, prompts, args.batch_size, provenance, folder)
-
-        # 3. The high-noise expert, in the place of the text encoder, paints the same share of the captions.
-        if inputs.boundary:
-            del pipe
-            pipe = load_high_noise_expert(source, dtype, inputs.boundary, accelerator.device, args.group_offload)
-            negative = datasets.Dataset.from_file(files["negative"][0]).with_format("numpy")["prompt_embeds"]
-            negative = unpack_prompt_embeds(negative, args.max_sequence_length, torch.bfloat16)
-            file = files["train"][accelerator.process_index]
-            paint_share(accelerator, pipe, file, negative, inputs.boundary, args.batch_size)
-
-        # 4. The main process joins the files, moves the result in place and uploads it.
-        if accelerator.is_main_process:
-            repo_id = args.hub_dataset_id or output_dir.name
-            dataset = join_files(files, with_boundary=inputs.boundary is not None)
-            save_dataset(dataset, make_card(dataset, repo_id), partial_dir, output_dir)
+                    (shares / split).mkdir(parents=True)
+            accelerator.wait_for_everyone()
+            files = embed_and_paint(accelerator, args, inputs, shares)
+            # 3. The main process joins them. The result takes its place, and is uploaded.
+            if is_main:
+                dataset = join_files(files, with_boundary=inputs.boundary is not None)
+                dataset.save_to_disk(new)
+                (new / "README.md").write_text(make_card(dataset, repo_id), encoding="utf-8")
+                flags = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
+                (new / MARKER).write_text(json.dumps(flags, ensure_ascii=False, indent=1), encoding="utf-8")
+                shutil.rmtree(shares)
+        if is_main:
+            move_into_place(output_dir)
             log_summary(args, inputs, accelerator.num_processes)
             if args.push_to_hub:
-                push_to_hub(repo_id, args.output_dir, args.hub_token, args.hub_private_repo)
+                push_to_hub(repo_id, args.output_dir, args.hub_private_repo)
     accelerator.end_training()
 
 

@@ -4,6 +4,7 @@ others, and readers of what they wrote.
 """
 
 import hashlib
+import io
 import json
 import logging
 import math
@@ -12,7 +13,7 @@ import re
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import NamedTuple
 
@@ -207,10 +208,12 @@ def run_embed_prompts(*arguments):
 
 def embed_refusal(model, prompts, output_dir, *flags):
     """Runs `embed_prompts.py` on what it must refuse; returns the message, one line. Fails if it wrote anything."""
-    before = snapshot(output_dir.parent)
-    with pytest.raises(SystemExit) as caught:
+    before, printed = snapshot(output_dir.parent), io.StringIO()
+    with pytest.raises(SystemExit) as caught, redirect_stderr(printed):
         run_embed_prompts(model, prompts, output_dir, *flags)
     assert snapshot(output_dir.parent) == before
+    if caught.value.code == 2:  # argparse writes the message itself
+        return re.search(r"^\S+: error: (.*)\n\Z", printed.getvalue(), re.MULTILINE).group(1)
     assert re.fullmatch("error: .*", caught.value.code), "one line, which makes Python exit with 1"
     return caught.value.code.removeprefix("error: ")
 

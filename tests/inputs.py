@@ -19,18 +19,19 @@ def write_lines(file, *lines):
 def write_captions(file, column="caption"):
     """Writes `PROMPTS` in the form that the name of a file says; `column` is the key or the column."""
     rows = [{column: caption} for caption in PROMPTS]
-    if file.suffix.lower() in (".yaml", ".yml"):
+    suffix = file.suffix.lower()
+    if suffix in (".yaml", ".yml"):
         file.write_text(yaml.safe_dump({"prompts": PROMPTS}))
-    elif file.suffix == ".json":
+    elif suffix == ".json":
         file.write_text(json.dumps(rows))
-    elif file.suffix == ".jsonl":
+    elif suffix == ".jsonl":
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    elif file.suffix == ".csv":
+    elif suffix == ".csv":
         with file.open("w", newline="", encoding="utf-8-sig") as stream:  # as a spreadsheet saves it
             writer = csv.DictWriter(stream, [column])
             writer.writeheader()
             writer.writerows(rows)
-    elif file.suffix == ".parquet":
+    elif suffix == ".parquet":
         Dataset.from_list(rows).to_parquet(file)
 
 

@@ -60,19 +60,20 @@ def judge(transformer_2):
 
 
 def main(output_dir):
-    output_dir.mkdir(parents=True, exist_ok=True)
-    prompts, embeddings = output_dir / "prompts.yaml", output_dir / "prompt_embeds"
+    data = output_dir.with_name(f"{output_dir.name}_data")  # a run owns its folder
+    data.mkdir(parents=True, exist_ok=True)
+    prompts, embeddings = data / "prompts.yaml", data / "prompt_embeds"
     prompts.write_text(yaml.safe_dump({"prompts": captions()}))
     base = ["--pretrained_model_name_or_path", HERE / "model", "--max_sequence_length", MAX_SEQUENCE_LENGTH]
     run("embed_prompts.py", *base, "--prompts", prompts, "--output_dir", embeddings, "--overwrite_output_dir")
 
     launch = ["-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu.yaml"]
     launch += ["--num_cpu_threads_per_process", 1]  # two would wait for each other on a busy machine
-    data = ["--dataset_name", embeddings, "--reward_model_path", HERE / "reward"]
+    paths = ["--dataset_name", embeddings, "--reward_model_path", HERE / "reward"]
     started = time.perf_counter()
     output = ["--output_dir", output_dir, "--overwrite_output_dir"]
     validation = ["--validation_prompts", *captions()[::14]]
-    run(*launch, "train_srpo_wan_t2i.py", *base, *data, *output, *shlex.split(TRAINING), *validation)
+    run(*launch, "train_srpo_wan_t2i.py", *base, *paths, *output, *shlex.split(TRAINING), *validation)
     seconds = time.perf_counter() - started
 
     print("\nJudging the base and the trained model in WanPipeline ...", flush=True)

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset, concatenate_datasets, load_from_disk
-from helpers import PROMPTS, WORDS, bfloat16, embed_flags, run_command
+from datasets import Dataset, concatenate_datasets
+from helpers import PROMPTS, bfloat16, embed_flags, run_command
 from helpers import run_embed_prompts as embed
-from inputs import edit_weights
 from transformers import UMT5EncoderModel
 
 from diffusers import WanPipeline
@@ -129,38 +128,6 @@ def test_the_last_message_says_where_the_dataset_is_and_what_comes_next(text_mod
         embed(text_model, prompts, tmp_path / "out")
     assert re.search(rf"Dataset = {tmp_path}/out \(\d+\.\d\d MB\)", caplog.text)
     assert f"--pretrained_model_name_or_path {text_model} --dataset_name {tmp_path}/out" in caplog.text
-
-
-def test_nothing_else_is_left_behind(text_model, prompts, tmp_path):
-    (tmp_path / "out.partial" / "train").mkdir(parents=True)  # of an interrupted run
-    (tmp_path / "out.partial" / "train" / "0.arrow").write_text("half a file")
-    assert len(embed(text_model, prompts, tmp_path / "out")["train"]) == 5
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "prompts.txt"]
-
-
-def test_overwrite_output_dir_replaces_the_dataset(text_model, prompts, tmp_path):
-    embed(text_model, prompts, tmp_path / "out")
-    prompts.write_text("a dog\n")
-    assert embed(text_model, prompts, tmp_path / "out", "--overwrite_output_dir")["train"]["caption"] == ["a dog"]
-
-
-def test_a_run_that_breaks_leaves_the_old_dataset_whole(text_model, text_model_copy, prompts, tmp_path):
-    embed(text_model, prompts, tmp_path / "out")
-    file, dog = text_model_copy / "text_encoder/model.safetensors", WORDS.index("dog") + 3
-    edit_weights(file, lambda weights: weights["shared.weight"][dog].fill_(float("nan")))
-    with pytest.raises(SystemExit) as exit_:
-        embed(text_model_copy, prompts, tmp_path / "out", "--overwrite_output_dir", "--batch_size", 5)
-    message = "error: The text encoder makes NaN or infinite numbers of 'a blue dog on a boat'. Check its weights."
-    assert exit_.value.code == message
-    assert load_from_disk(tmp_path / "out")["train"]["caption"] == PROMPTS
-
-
-def test_a_link_to_a_folder_stays_a_link(text_model, prompts, tmp_path):
-    (tmp_path / "disk").mkdir()
-    (tmp_path / "out").symlink_to(tmp_path / "disk")
-    assert len(embed(text_model, prompts, tmp_path / "out")["train"]) == 5
-    assert (tmp_path / "out").is_symlink()
-    assert (tmp_path / "disk" / "dataset_dict.json").is_file()
 
 
 # ---- The command line. ----------------------------------------------------------------------------------------------

@@ -2,10 +2,11 @@
 
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
-from helpers import PROMPTS, embed_refusal, make_text_model
+from helpers import PROMPTS, embed_flags, embed_refusal, make_text_model, run_command
 from helpers import run_embed_prompts as embed
 from inputs import edit_weights, save_in_shards, truncate, write_lines
 
@@ -62,6 +63,24 @@ def test_a_text_encoder_in_several_files_is_read(text_model, text_model_copy, pr
     assert one["train"]["prompt_embeds"] == several["train"]["prompt_embeds"]
 
 
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_text_encoder_with_weights_that_are_not_finite_is_refused(text_model_copy, prompts, tmp_path, value):
+    name = "encoder.block.1.layer.0.SelfAttention.q.weight"
+    edit_weights(text_model_copy / FILE, lambda weights: weights[name][0, 0].fill_(float(value)))
+    assert embed_refusal(text_model_copy, prompts, tmp_path / "out") == (
+        f"`--pretrained_model_name_or_path {text_model_copy}`, `text_encoder`: "
+        f"the weights of `{name}` are NaN or infinite. Download them again."
+    )
+
+
+def test_embeddings_that_are_not_finite_are_refused(text_model_copy, prompts, tmp_path):
+    norm = "encoder.final_layer_norm.weight"
+    edit_weights(text_model_copy / FILE, lambda weights: weights[norm].fill_(3e38))
+    assert embed_refusal(text_model_copy, prompts, tmp_path / "out") == (
+        "The text encoder makes NaN or infinite numbers of 'a red cat'. Check its weights."
+    )
+
+
 # ---- The tokenizer. -------------------------------------------------------------------------------------------------
 
 
@@ -104,10 +123,28 @@ def test_a_model_folder_without_a_part_is_refused(text_model, prompts, tmp_path,
     assert error == f"`--pretrained_model_name_or_path {half}` is a folder without {part}."
 
 
-def test_a_model_that_does_not_exist_is_refused(prompts, tmp_path):
+def test_a_folder_that_does_not_exist_is_refused(prompts, tmp_path):
     error = embed_refusal(tmp_path / "none", prompts, tmp_path / "out")
     problem = "is not a Wan pipeline in the layout of diffusers: "
     assert error.startswith(f"`--pretrained_model_name_or_path {tmp_path}/none` {problem}")
+
+
+def test_a_model_that_is_not_here_is_refused_when_no_network_is_used(prompts, tmp_path):
+    error = embed_refusal("someone/something", prompts, tmp_path / "out", "--cache_dir", tmp_path / "none")
+    problem = "is not here, and the Hub cannot be reached: "
+    assert error.startswith(f"`--pretrained_model_name_or_path someone/something` {problem}")
+
+
+@pytest.mark.parametrize("flag", ["pretrained_model_name_or_path", "prompts"])
+@pytest.mark.slow
+def test_without_network_nothing_is_asked_for_again_and_again(text_model, prompts, tmp_path, flag):
+    flags = embed_flags(text_model, prompts, tmp_path / "out", f"--{flag}", "someone/something")
+    nobody = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    run = run_command(sys.executable, "embed_prompts.py", *flags, **nobody)
+    assert run.returncode == 1
+    assert "Retrying" not in run.stderr
+    last = run.stderr.splitlines()[-1]
+    assert last.startswith(f"error: `--{flag} someone/something`") and "the Hub cannot be reached: " in last
 
 
 def test_a_model_in_the_cache_of_the_hub_is_read_without_network(prompts, tmp_path, tmp_path_factory):

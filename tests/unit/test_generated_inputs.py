@@ -258,10 +258,11 @@ TRAINING_RANGES = {
 }
 EMBEDDING_RANGES = {
     **dict.fromkeys(["max_sequence_length", "batch_size", "boundary_latents"], COUNT),
-    **dict.fromkeys(["height", "width", "sampling_steps"], COUNT),
+    **dict.fromkeys(["height", "width"], COUNT),
+    "sampling_steps": (1, 1000),
     "rollout_shift": POSITIVE,
-    "boundary_guidance_scale": ANY,
-    "seed": NATURAL,
+    "boundary_guidance_scale": (1, LARGEST),
+    "seed": (0, 2**32 - 1),
 }
 PAIRS = ("train_timestep", "discount_pos", "discount_inv")
 TRAINING = "--pretrained_model_name_or_path M --dataset_name D --output_dir O".split()
@@ -270,12 +271,6 @@ NUMBERS = st.integers().map(str) | st.floats().map(str) | st.integers(-3, 60).ma
 VALUES = NUMBERS | TEXT | st.sampled_from(["", "nan", "-inf", "1e999", "1_0", "٣", "0x10", "1e-400", "9" * 400])
 # A value of two cannot begin with a dash, unless it is a number, for argparse takes it for a flag.
 PAIR_VALUES = NUMBERS | TEXT.filter(lambda text: not text.startswith("-"))
-
-
-def parse_embedding(flags):
-    args = embed_prompts.parse_args(flags)
-    embed_prompts.check_values(args)
-    return args
 
 
 def accepted(name, parse, flags, capsys):
@@ -312,7 +307,7 @@ def test_a_number_for_embedding_is_in_range_or_refused(for_every, capsys, name):
 
     @for_every(cost=4, text=VALUES)
     def holds(text):
-        check_flag(name, [text], parse_embedding, base, EMBEDDING_RANGES[name], capsys)
+        check_flag(name, [text], embed_prompts.parse_args, base, EMBEDDING_RANGES[name], capsys)
 
 
 def is_number(kind):
