@@ -877,8 +877,7 @@ def discard(path):
 @contextmanager
 def written(path, size=1e6):
     """A path beside `path` to write a file or folder of about `size` bytes to. If the block succeeds, it is flushed to
-    the disk and takes the place of `path`, where a link is followed; else it is removed. Ends the program if the disk
-    is full, or would be."""
+    disk and takes the place of `path`, where a link is followed; else it is removed. A full disk ends the program."""
     path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     discard(new := path.with_name(f"{path.name}.unfinished"))
@@ -895,7 +894,9 @@ def written(path, size=1e6):
     except BaseException as error:
         is_full = "No space left" in str(error) or shutil.disk_usage(path.parent).free < 2**20
         discard(new)
-        raise SystemExit(full) if is_full else error from error
+        if is_full:
+            raise SystemExit(full) from error
+        raise
     if path.is_dir():
         discard(path)
     new.replace(path)
@@ -911,7 +912,7 @@ def claim_output_dir(folder, size):
         lock = marker.open("a")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     with lock:
-        for leftover in (*folder.glob("*.unfinished"), *folder.glob("*/*.unfinished")):
+        for leftover in (*folder.glob("*.unfinished"), *folder.glob("images/*.unfinished")):
             discard(leftover)
         try:
             if (free := shutil.disk_usage(folder).free) < size:
@@ -1461,7 +1462,7 @@ def check_reward(args):
         with input_error(f"Without `--reward_model_path`, {HPS_FILE} is needed from the Hub, which failed"):
             path = args.reward_model_path or huggingface_hub.hf_hub_download(HPS_REPOSITORY, HPS_FILE)
         args.reward_model_path, flag = path, f"`--reward_model_path {path}`"
-        if not Path(path).is_file():
+        if not os.path.isfile(path):
             raise ValueError(f"{flag} is not a file. Run `hf download {HPS_REPOSITORY} {HPS_FILE} --local-dir .`")
         with input_error(f"{flag} is not a checkpoint with a `state_dict`"):
             weights = HPSReward.read_weights(path)
@@ -1505,7 +1506,7 @@ def check_output_dir(output, resume_from, overwrite, inputs):
         path = Path(path or os.devnull).resolve()
         if os.path.exists(path) and output.resolve() in (path, *path.parents):
             raise ValueError(f"`--{name} {path}` lies in {flag}. Choose another folder to write to.")
-    if is_named and (resume_from.endswith(".unfinished") or not os.path.isfile(Path(resume_from, STATE_FILE))):
+    if is_named and (Path(resume_from).suffix == ".unfinished" or not os.path.isfile(Path(resume_from, STATE_FILE))):
         has = f"`output_dir` has {', '.join(map(str, saved)) or 'none'}"
         raise ValueError(f"`--resume_from_checkpoint {resume_from}` is not a complete checkpoint; {has}.")
     if found and MARKER not in found:

@@ -92,9 +92,9 @@ FLAGS = [
     ),
     *(([f"--{name}", blank], f" ... --{name} ... must not be blank") for name in BLANK for blank in ("", " ")),
     ("--sampling_steps -3", "argument --sampling_steps: must be at least 1, but is -3"),
-    ("--max_train_steps 1.5", "argument --max_train_steps: invalid whole number value: '1.5'"),
-    ("--max_train_steps nan", "argument --max_train_steps: invalid whole number value: 'nan'"),
-    ("--learning_rate 5e-6,", "argument --learning_rate: invalid number value: '5e-6,'"),
+    ("--max_train_steps 1.5", "argument --max_train_steps: invalid ... value: '1.5'"),
+    ("--max_train_steps nan", "argument --max_train_steps: invalid ... value: 'nan'"),
+    ("--learning_rate 5e-6,", "argument --learning_rate: invalid ... value: '5e-6,'"),
     ("--dataloader_num_workers -1", "argument --dataloader_num_workers: must be at least 0, but is -1"),
     ("--lr_warmup_steps -1", "argument --lr_warmup_steps: must be at least 0, but is -1"),
     ("--seed -1", "argument --seed: must be at least 0 and below 4294967296, but is -1"),
@@ -130,9 +130,9 @@ FLAGS = [
     ("--allow_changes", "`--allow_changes` needs `--resume_from_checkpoint`"),
     ("--hub_strategy checkpoint", "`--hub_strategy` needs `--push_to_hub`"),
     ("--hub_private_repo", "`--hub_private_repo` needs `--push_to_hub`"),
-    ("--logging_dir /elsewhere", " ... --logging_dir ... must be "),
-    ("--logging_dir ..", " ... --logging_dir ... must be "),
-    ("--logging_dir .", " ... --logging_dir ... must be "),
+    ("--logging_dir /elsewhere", " ... --logging_dir"),
+    ("--logging_dir ..", " ... --logging_dir"),
+    ("--logging_dir .", " ... --logging_dir"),
     ("--report_to wandb", "`--report_to wandb` ... `pip install wandb`"),
     ("--report_to foo", "argument --report_to: invalid choice: 'foo'"),
     ("--optimizer sgd", "argument --optimizer: invalid choice: 'sgd'"),
@@ -155,8 +155,8 @@ FLAGS = [
 
 ONE_EXPERT = "--pretrained_model_name_or_path {one_expert} --transformer_subfolder transformer"
 FLAGS_FOR_MODEL = [
-    ("--train_timestep 4 25", "`--train_timestep 4 25` starts at sigma 0.900, above the boundary 0.875 ... 5 40`"),
-    ("--train_timestep 0 25", "`--train_timestep 0 25` starts at sigma 1.000, above the boundary 0.875 ... 5 40`"),
+    ("--train_timestep 4 25", "`--train_timestep 4 25` starts at sigma 0.900, ... 0.875 ... 5 40`"),
+    ("--train_timestep 0 25", "`--train_timestep 0 25` starts at sigma 1.000, ... 0.875 ... 5 40`"),
     ("--train_timestep 11 25 --shift 3", "`--train_timestep 11 25` starts at sigma 0.888, ... 12 40`"),
     ("--num_inference_steps 50", "`--train_timestep 5 25` starts at sigma 0.900, ... 7 50`"),
     ("--height 40", "`--height 40` must be a multiple of 16 for this model, for example 32."),
@@ -170,10 +170,7 @@ FLAGS_FOR_MODEL = [
     ("--lora_rank 4 --lora_target_modules attn1", "`--lora_target_modules` must name linear layers"),
     (f"{ONE_EXPERT} --rollout_start boundary", "`--rollout_start boundary` needs a model of two experts"),
     ("--max_sequence_length 32", "`--dataset_name {tiny_dataset}` holds embeddings of length 16, ... needs 32"),
-    (
-        ["--validation_prompts", "a boat", "a green boat"],
-        "`--validation_prompts`: ... has no embedding of 'a green boat'.",
-    ),
+    (["--validation_prompts", "a boat", "a green boat"], "`--validation_prompts`: ... 'a green boat'"),
     ("--rollout_start boundary", "`--dataset_name {tiny_dataset}` has no boundary latents"),
     (
         "--rollout_start boundary --sampling_steps 3 --dataset_name {boundary}",
@@ -743,7 +740,7 @@ OUTPUTS = [
         f"--reward_model HPS --reward_model_path {LONG}",
         f"`--reward_model_path {LONG}` is not a file",
     ),
-    ("no space", full_disk, "", "the disk is full: `{output}` takes ... GB, and 1e-06 GB are free"),
+    ("no space", full_disk, "", " ... {output} ... GB ... 1e-06 GB"),
 ]
 
 
@@ -845,7 +842,7 @@ CHECKPOINTS = [
         "another schedule",
         nothing,
         f"{LATEST} --lr_scheduler cosine",
-        f"{OTHER_RUN}lr_scheduler: constant, which is now cosine .. ... {CHANGE}",
+        f"{OTHER_RUN}lr_scheduler: constant, which is now cosine ... {CHANGE}",
     ),
     (
         "other betas",
@@ -857,13 +854,13 @@ CHECKPOINTS = [
         "another epsilon and decay",
         nothing,
         f"{LATEST} --adam_epsilon 1e-6 --adam_weight_decay 0",
-        f"{OTHER_RUN}adam_weight_decay: 0.0001, which is now 0.0 .. ... {CHANGE}",
+        f"{OTHER_RUN}adam_weight_decay: 0.0001, which is now 0.0 ... {CHANGE}",
     ),
     (
         "rollouts used longer",
         nothing,
         f"{LATEST} --updates_per_rollout 2",
-        f"{OTHER_RUN}updates_per_rollout: 1, which is now 2 ... {CHANGE}",
+        f"{OTHER_RUN}updates_per_rollout: 1, which is now 2 ... {NEW}",
     ),
     (
         "other validation prompts",
@@ -884,7 +881,7 @@ CHECKPOINTS = [
         "a LoRA",
         nothing,
         f"{LATEST} --allow_changes --lora_rank 4",
-        f"{OTHER_RUN}lora_rank: None, which is now 4; .. ... {NEW}",
+        f"{OTHER_RUN}lora_rank: None, which is now 4 ... {NEW}",
     ),
     (
         "another optimizer",
