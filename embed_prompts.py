@@ -596,8 +596,7 @@ def discard(path):
 @contextmanager
 def written(path, size=1e6):
     """A path beside `path` to write a file or folder of about `size` bytes to. If the block succeeds, it is flushed to
-    the disk and takes the place of `path`, where a link is followed; else it is removed. Ends the program if the disk
-    is full, or would be."""
+    disk and takes the place of `path`, where a link is followed; else it is removed. A full disk ends the program."""
     path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     discard(new := path.with_name(f"{path.name}.unfinished"))
@@ -614,7 +613,9 @@ def written(path, size=1e6):
     except BaseException as error:
         is_full = "No space left" in str(error) or shutil.disk_usage(path.parent).free < 2**20
         discard(new)
-        raise SystemExit(full) if is_full else error from error
+        if is_full:
+            raise SystemExit(full) from error
+        raise
     if path.is_dir():
         discard(path)
     new.replace(path)
@@ -631,7 +632,7 @@ def claim_output_dir(folder, size):
         lock = marker.open("a")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     with lock:
-        for leftover in (*folder.glob("*.unfinished"), *folder.glob("*/*.unfinished")):
+        for leftover in (*folder.glob("*.unfinished"), *folder.glob("images/*.unfinished")):
             discard(leftover)
         try:
             if (free := shutil.disk_usage(folder).free) < size:
