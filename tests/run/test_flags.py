@@ -191,3 +191,21 @@ def test_reward_processor_path(train, plain_run, tiny_reward, tmp_path):
     file.write_text(json.dumps(config))
     output_dir = train("--reward_processor_path", processor)
     assert logged(output_dir, "reward_positive") != logged(plain_run, "reward_positive")
+
+
+@pytest.fixture
+def any_algorithms():
+    """Later runs in this process may use all algorithms again."""
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cuda.enable_mem_efficient_sdp(True)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+def test_deterministic_allows_deterministic_algorithms_alone_and_trains_with_them(
+    train, plain_run, any_algorithms, monkeypatch
+):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    output_dir = train("--deterministic")
+    assert torch.are_deterministic_algorithms_enabled()
+    torch.testing.assert_close(load_weights(output_dir), load_weights(plain_run), rtol=0, atol=1e-6)

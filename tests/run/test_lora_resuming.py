@@ -48,9 +48,9 @@ def test_a_run_cannot_go_on_with_something_else_to_train(train, lora_run, flags,
         pytest.importorskip("torchao")
     checkpoint, before = lora_run / "checkpoint-2", file_hashes(lora_run)
     more = ["--max_train_steps", 4, "--resume_from_checkpoint", checkpoint]
-    with pytest.raises(SystemExit, match=f"error: {checkpoint} was made with another (.*; )?{difference}") as caught:
+    with pytest.raises(SystemExit, match=f"error: {checkpoint} .* another (.*; )?{difference}") as caught:
         train(*flags.split(), *more, output_dir=lora_run)
-    assert re.fullmatch(r".* Use the same, or start a new run\.", caught.value.code)
+    assert re.fullmatch(r".*start a new run.*", caught.value.code)
     assert file_hashes(lora_run) == before
 
 

@@ -27,7 +27,7 @@ def write_card(make_args, tmp_path):
 
     def write(*flags):
         args = make_args("--output_dir", tmp_path, *flags)
-        save_model_card(Run(tmp_path, vars(args), "transformer_2", True, torch.bfloat16, {}, 0, "me/fox"), [], None)
+        save_model_card(Run(tmp_path, vars(args), "transformer_2", torch.bfloat16, {}, 0, "me/fox"), [])
         return ModelCard.load(tmp_path / "README.md")
 
     return write
@@ -87,7 +87,7 @@ def test_the_card_says_how_to_use_the_expert(trained, tiny_model):
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1)
     assert f'\nbase = "{tiny_model.name}"' in code and f'\ntrained = "{trained.name}"' in code
     assert 'WanTransformer3DModel.from_pretrained(trained, subfolder="transformer_2"' in code
-    assert "WanPipeline.from_pretrained(base, transformer=None, transformer_2=expert, boundary_ratio=1.0" in code
+    assert '"transformer": None, "transformer_2": expert, "boundary_ratio": 1.0' in code
     for setting in ("num_frames=1", "height=32", "num_inference_steps=40", "guidance_scale=3.0"):
         assert setting in code
 

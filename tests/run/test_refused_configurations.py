@@ -1,6 +1,7 @@
 """The configurations of Accelerate and DeepSpeed that `train_srpo_wan_t2i.py` refuses."""
 
 import json
+import re
 
 import pytest
 import yaml
@@ -94,14 +95,14 @@ def test_adamw_8bit_with_deepspeed(refusal, engine):
     pytest.importorskip("torchao")
     launcher = f"{ZERO_2} --deepspeed_config_file ds_configs/{engine}.json"
     message = refusal("--optimizer", "adamw_8bit", launcher=launcher)
-    assert message.startswith("`--optimizer adamw_8bit` needs a configuration without DeepSpeed, ")
+    assert re.match("`--optimizer adamw_8bit` .*without DeepSpeed", message)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_base_in_fp8_with_deepspeed(refusal, engine):
     launcher = f"{ZERO_2} --deepspeed_config_file ds_configs/{engine}.json"
     message = refusal("--lora_rank", 4, "--base_weights", "fp8", launcher=launcher)
-    assert message.startswith("`--base_weights fp8` needs a configuration without DeepSpeed, ")
+    assert re.match(".*`--base_weights fp8` .*without DeepSpeed", message)
 
 
 @pytest.mark.parametrize("engine", ["zero3", "zero3_offload"])

@@ -161,8 +161,11 @@ def test_with_allow_changes_a_run_goes_on_with_other_prompts_and_data(train, emb
     [
         ("--learning_rate 1e-2", {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-4}),
         ("--adam_beta1 0.5 --adam_beta2 0.9", {"lr": 1e-3, "betas": (0.5, 0.9), "eps": 1e-8, "weight_decay": 1e-4}),
-        ("--adam_epsilon 1e-4", {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-4, "weight_decay": 1e-4}),
-        ("--adam_weight_decay 0.5", {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.5}),
+        pytest.param(
+            "--adam_epsilon 1e-4 --adam_weight_decay 0.5",
+            {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-4, "weight_decay": 0.5},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_with_allow_changes_new_settings_of_the_optimizer_take_effect(train, plain_run, flags, group):

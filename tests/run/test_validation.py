@@ -37,10 +37,9 @@ def test_prompts_of_both_splits_can_be_chosen(train, validation_dataset):
 
 
 def test_a_prompt_that_the_dataset_does_not_have_is_refused(refusal, tiny_dataset):
-    assert refusal("--validation_prompts", "a boat", "a blue boat, red") == (
-        f"`--validation_prompts`: `--dataset_name {tiny_dataset}` has no embedding of 'a blue boat, red'. "
-        "Give it to `embed_prompts.py --validation_prompts`."
-    )
+    message = refusal("--validation_prompts", "a boat", "a blue boat, red")
+    assert message.startswith(f"`--validation_prompts`: `--dataset_name {tiny_dataset}` has no ")
+    assert "'a blue boat, red'" in message and "embed_prompts.py" in message
 
 
 def test_training_loads_no_text_encoder(train, validation_dataset, two_images, model_copy):

@@ -150,15 +150,8 @@ def test_events_hold_the_validation_images(cpu_run):
 
 def test_train_log_tells_what_the_run_did(cpu_run):
     text = read_log(cpu_run[0])
-    for line in (
-        "***** Running training *****",
-        "Num captions = 6",
-        "Total train batch size (w. parallel, distributed & accumulation) = 1",
-        "Total optimization steps = 3",
-        "Trained noise levels = 0.875 to 0.375",
-        "Saved state to",
-    ):
-        assert line in text
+    assert "6 captions" in text, "how many there are"
+    assert "Saved state to" in text
     assert re.findall(r"(step \d): loss \d", text) == ["step 1", "step 2", "step 3"]
 
 
@@ -168,8 +161,7 @@ def test_the_console_and_train_log_tell_the_scores_and_what_came_of_the_run(cpu_
     scores = zip((0, 2, 3), logged(output_dir, "validation_reward", step=3), relative, strict=True)
     lines = [f"Validation at step {step}: reward {a:.4f}, relative {b:.4f}, 4 images\n" for step, a, b in scores]
     change = f"relative reward {relative[0]:.4f} -> {relative[-1]:.4f}"
-    lines += [f"Finished: 3 updates, 0 of them skipped, {change}.\n"]
-    lines += [f"Results are in {output_dir}: see README.md, reward.png, before_after.png.\n"]
+    lines += [f"Finished: 3 updates, 0 of them skipped, {change}. See {output_dir}"]
     for line in lines:
         assert console.count(line) == 1 and read_log(output_dir).count(line) == 1
 
