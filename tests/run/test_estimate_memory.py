@@ -229,7 +229,7 @@ def test_the_comments_of_the_configurations_are_true(path):
         (
             {},
             ["--pretrained_model_name_or_path", "gone"],
-            "error: `--pretrained_model_name_or_path gone` is not a Wan pipeline",
+            "error: `--pretrained_model_name_or_path gone` is not here, and the Hub does not answer",
         ),
         ({}, ["--height", "tall"], "error: argument --height: invalid whole number value: 'tall'"),
         ({}, ["--tallness", "100"], "error: unknown arguments: --tallness. See --help"),
