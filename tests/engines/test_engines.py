@@ -79,7 +79,7 @@ def test_a_run_paints_saves_and_ends(runs):
     assert checkpoints(runs.straight) == ["checkpoint-2", "checkpoint-4"]
     assert len([*(runs.straight / "images").rglob("*.png")]) == 9
     assert [row["step"] for row in load_history(runs.straight, 4)] == [0, 1, 2, 2, 3, 4, 4]
-    assert "Total train batch size (w. parallel, distributed & accumulation) = 2" in read_log(runs.straight)
+    assert json.loads((runs.straight / "run.json").read_text())["num_processes"] == 2
 
 
 def test_a_killed_run_goes_on_as_if_it_had_not_been_killed(runs):

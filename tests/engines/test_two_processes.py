@@ -1,5 +1,7 @@
 """A run on two processes: with ZeRO-2, and as plain data parallelism, computes what one process computes."""
 
+import json
+
 import pytest
 import torch
 from helpers import (
@@ -13,7 +15,6 @@ from helpers import (
     load_history,
     load_weights,
     logged,
-    read_log,
 )
 
 from diffusers import WanTransformer3DModel
@@ -35,11 +36,13 @@ def test_zero2_writes_what_one_process_writes(zero2_run):
         "images",
         "logs",
         "reward.png",
+        "run.json",
         "train.log",
         "transformer_2",
     ]
     assert set(load_events(zero2_run).Tags()["scalars"]) == TRAINING_SCALARS | VALIDATION_SCALARS
-    assert "Total train batch size (w. parallel, distributed & accumulation) = 2" in read_log(zero2_run)
+    identity = json.loads((zero2_run / "run.json").read_text())
+    assert (identity["num_processes"], identity["engine"]) == (2, "ZeRO-2")
     assert [row["step"] for row in load_history(zero2_run)] == [0, 1, 2, 2]
 
 
@@ -86,5 +89,6 @@ def test_a_batch_of_4_is_one_caption_accumulated_twice_on_two_processes(launch, 
     two = launch(
         f"{TWO_PROCESSES} --mixed_precision no", *flags, *EQUAL_BATCHES, environment={"ACCELERATE_USE_CPU": "true"}
     )
-    assert "DistributedType.MULTI_CPU" in read_log(two) and "Num processes: 2" in read_log(two)
+    identity = json.loads((two / "run.json").read_text())
+    assert (identity["num_processes"], identity["engine"]) == (2, "without DeepSpeed")
     assert_same_step(two, batch_of_4["per_sample"], tiny_model)
