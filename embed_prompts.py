@@ -625,8 +625,8 @@ def written(path, size=1e6):
 @contextmanager
 def claim_output_dir(folder, size):
     """Makes the output folder and holds its lock, which the kernel releases however the process ends. `ValueError` if
-    another process holds it, or less than `size` bytes are free. If the marker stays empty, all is as before."""
-    marker, made = folder / MARKER, [each for each in (folder, *folder.parents) if not each.exists()]
+    another holds it, or less than `size` bytes are free. If the marker stays empty, all is as before in the end."""
+    marker, made = folder / MARKER, [each for each in (folder, *folder.parents) if not os.path.exists(each)]
     with input_error(f"`--output_dir {folder}` cannot be written, or another run is writing to it; choose another"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = marker.open("a")

@@ -760,8 +760,6 @@ def gather_weights(accelerator, transformer, dtype):
 # ---- 9. Validation: fixed prompts and fixed noise, painted and scored. ----------------------------------------------
 @dataclass
 class RunState:
-    """Where a run stands."""
-
     step: int = 0  # updates that are done
     skipped: int = 0  # how many of them were left out, because they were not finite
     history: list = field(default_factory=list)  # a dict for each update and each validation
@@ -905,8 +903,8 @@ def written(path, size=1e6):
 @contextmanager
 def claim_output_dir(folder, size):
     """Makes the output folder and holds its lock, which the kernel releases however the process ends. `ValueError` if
-    another process holds it, or less than `size` bytes are free. If the marker stays empty, all is as before."""
-    marker, made = folder / MARKER, [each for each in (folder, *folder.parents) if not each.exists()]
+    another holds it, or less than `size` bytes are free. If the marker stays empty, all is as before in the end."""
+    marker, made = folder / MARKER, [each for each in (folder, *folder.parents) if not os.path.exists(each)]
     with input_error(f"`--output_dir {folder}` cannot be written, or another run is writing to it; choose another"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = marker.open("a")
@@ -1018,7 +1016,7 @@ def read_state(folder):
         steps += [row["step"] for row in history]
         if {*map(type, steps)} != {int} or not 0 <= min(steps) <= max(steps) <= last or expert not in EXPERTS:
             raise ValueError("its steps or its expert are not those of a run")
-        if not {*map(type, numbers)} <= {int, float} or "engine" not in content["run"]:
+        if type(history) is not list or not {*map(type, numbers)} <= {int, float} or "engine" not in content["run"]:
             raise ValueError("its curves or its settings are not those of a run")
         return {name: content[name] for name in "global_step skipped history run expert config lora dtype".split()}
 
@@ -1134,8 +1132,8 @@ def with_retries(request, attempts=5):
 
 
 def start_upload(run, step):
-    """Uploads the output folder without its checkpoints, in the background and one upload after the other, so that no
-    process waits for it. Returns a `Future`. If it fails, the folder is whole and a message says how to repeat it."""
+    """Uploads the output folder without its checkpoints in the background, one upload after the other. Returns a
+    `Future`. If it fails, the folder is whole and a message says how to repeat it."""
     ignored, logs = ["checkpoint-*", "*.unfinished", MARKER], run.flags["logging_dir"]
     apart = run.flags["hub_strategy"] == "branch" and step < run.flags["max_train_steps"]
     discard(frozen := run.output_dir / f"upload-{step}.unfinished")
@@ -1363,7 +1361,15 @@ def read_model_info(args):
     path, expert = args.pretrained_model_name_or_path, args.transformer_subfolder
     names, flag = ("revision", "variant", "cache_dir"), f"`--pretrained_model_name_or_path {path}`"
     source = {"pretrained_model_name_or_path": path, **{name: getattr(args, name) for name in names}}
-    with input_error(f"{flag} is not a Wan pipeline in the layout of diffusers"), torch.device("meta"):
+    try:
+        _ = os.path.exists(path) or huggingface_hub.HfApi().model_info(path, timeout=5)
+    except Exception as error:  # libraries would ask for half a minute; without an answer they shall use the cache
+        huggingface_hub.constants.HF_HUB_OFFLINE |= getattr(error, "response", None) is None
+    is_away = huggingface_hub.constants.HF_HUB_OFFLINE and not os.path.exists(path)
+    problem = (
+        "is not here, and the Hub does not answer" if is_away else "is not a Wan pipeline in the layout of diffusers"
+    )
+    with input_error(f"{flag} {problem}"), torch.device("meta"):
         index = dict(diffusers.WanPipeline.load_config(**source))
         scheduler = diffusers.UniPCMultistepScheduler.load_config(**source, subfolder="scheduler")
         vae = diffusers.AutoencoderKLWan.from_config(diffusers.AutoencoderKLWan.load_config(**source, subfolder="vae"))
@@ -1408,8 +1414,7 @@ def check_flags_for_model(args, model):
 
 
 def check_model_files(model):
-    """Refuses weights of the expert and of the VAE that their configs do not fit. Only the heads of files are read.
-    Returns the [`fingerprint`] of a layer of the expert."""
+    """Refuses weights that their configs do not fit. Returns the [`fingerprint`] of a layer of the expert."""
     for subfolder, empty in ((model.expert, model.transformer), ("vae", model.vae)):
         path = f"`--pretrained_model_name_or_path {model.source['pretrained_model_name_or_path']}`"
         with input_error(f"{path} has no whole model in `{subfolder}`"):
@@ -1456,8 +1461,7 @@ def check_dataset(args, model):
 
 
 def check_reward(args):
-    """Fills in defaults of the reward's paths. Refuses a checkpoint that is missing or of another architecture.
-    Returns the [`fingerprint`] of a layer."""
+    """Fills in the reward's paths and refuses what is not its model. Returns the [`fingerprint`] of a layer."""
     if args.reward_model == "HPS":
         with input_error(f"Without `--reward_model_path`, {HPS_FILE} is needed from the Hub, which failed"):
             path = args.reward_model_path or huggingface_hub.hf_hub_download(HPS_REPOSITORY, HPS_FILE)
@@ -1496,8 +1500,7 @@ def check_reward(args):
 
 
 def check_output_dir(output, resume_from, overwrite, inputs):
-    """Refuses to write into a folder that is in use for something else, or that holds an input of the run; and a
-    checkpoint to resume from that is not there."""
+    """Refuses a folder that is something else or holds an input of the run, and a checkpoint that is not there."""
     flag = f"`--output_dir {output}`"
     with input_error(f"{flag} cannot be used"):
         found = {path.name for path in output.iterdir()} if os.path.lexists(output) else set()
@@ -1509,7 +1512,7 @@ def check_output_dir(output, resume_from, overwrite, inputs):
     if is_named and (Path(resume_from).suffix == ".unfinished" or not os.path.isfile(Path(resume_from, STATE_FILE))):
         has = f"`output_dir` has {', '.join(map(str, saved)) or 'none'}"
         raise ValueError(f"`--resume_from_checkpoint {resume_from}` is not a complete checkpoint; {has}.")
-    if found and MARKER not in found:
+    if found and (MARKER not in found or "dataset_dict.json" in found):
         raise ValueError(f"{flag} is not empty, and not the folder of a run. Choose another.")
     if resume_from == "latest" and not saved and found & {*EXPERTS, LORA_FILE}:
         raise ValueError(f"{flag} has results, but no checkpoint to resume from. Choose another.")
@@ -1579,8 +1582,7 @@ def make_accelerator(args):
 
 
 def make_run(accelerator, args, model, dtype, dataset, hashes):
-    """The [`Run`] of the flags, with its repository on the Hub. What decides its result is flags, captions, and models
-    by their `hashes`."""
+    """The [`Run`] of the flags. Flags, captions, and models by their `hashes` decide its result."""
     engine, bytes_per_weight = "without DeepSpeed", 4.1 if args.optimizer == "adamw_8bit" else 12
     if accelerator.deepspeed_plugin:
         config, masters = accelerator.deepspeed_plugin.deepspeed_config, "bf16_master_weights_and_grads"
@@ -1689,8 +1691,7 @@ def make_validation(args, dataset, collate, model):
 
 
 def skip_update(accelerator, recipe, rollouts, run, state):
-    """Names captions and noise levels of an update that was left out because loss or gradient was not finite, in
-    `train.log` and in a file. Ends the program if there were too many."""
+    """Tells captions and noise levels of an update that was left out as not finite. Too many of them end the run."""
     state.skipped, rows, file = state.skipped + 1, [], run.output_dir / SKIPPED_FILE
     for rollout in rollouts:
         branches = plan_update(recipe, state.step - 1, rollout.samples).branches
@@ -1708,8 +1709,7 @@ def skip_update(accelerator, recipe, rollouts, run, state):
 
 
 def gather_means(accelerator, metrics, received):
-    """The means of {name: tensor of shape ()} over all processes, as floats, and the signal that one of them has
-    `received`, or 0. Apart from what UniPC and DeepSpeed do, this is where an update waits for the GPU."""
+    """The means of {name: tensor ()} over all processes, as floats, and a signal that one of them `received`, or 0."""
     received = torch.tensor(float(received), device=accelerator.device)
     gathered = accelerator.gather(torch.stack([*metrics.values(), received])[None])
     *means, received = torch.cat([gathered.mean(0)[:-1], gathered.max(0).values[-1:]]).tolist()

@@ -317,7 +317,7 @@ MODELS = [
         "not there",
         nothing,
         "--pretrained_model_name_or_path {folder}/none",
-        "`--pretrained_model_name_or_path {folder}/none` is not a Wan pipeline",
+        "`--pretrained_model_name_or_path {folder}/none` is not here, and the Hub does not answer",
     ),
     (
         "a file",

@@ -229,14 +229,18 @@ def test_the_comments_of_the_configurations_are_true(path):
         (
             {},
             ["--pretrained_model_name_or_path", "gone"],
-            "error: `--pretrained_model_name_or_path gone` is not a Wan pipeline",
+            "error: `--pretrained_model_name_or_path gone` is not here, and the Hub does not answer",
         ),
-        ({}, ["--height", "tall"], "error: argument --height: invalid int value: 'tall'"),
-        ({}, ["--tallness", "100"], "error: unrecognized arguments: --tallness 100"),
-        ({}, ["--train_batch_size", "0"], "error: `--train_batch_size` must be at least 1, but is 0."),
+        ({}, ["--height", "tall"], "error: argument --height: invalid whole number value: 'tall'"),
+        ({}, ["--tallness", "100"], "error: unknown arguments: --tallness. See --help"),
+        ({}, ["--train_batch_size", "0"], "error: argument --train_batch_size: must be at least 1, but is 0"),
         ({}, ["--train_timestep", "1", "25"], "error: `--train_timestep 1 25` starts at sigma 0.975, above"),
         ({}, ["--height", "100"], "error: `--height 100` must be a multiple of 16"),
-        ({}, ["--optimizer", "adamw_8bit"], "error: `--optimizer adamw_8bit` needs a configuration without DeepSpeed"),
+        (
+            {},
+            ["--optimizer", "adamw_8bit"],
+            "error: `--optimizer adamw_8bit` and `--base_weights fp8` need a configuration without DeepSpeed",
+        ),
         ({}, ["--reward_model", "CLIP", "--reward_model_path", "gone"], "error: `--reward_model_path gone` is not"),
     ],
 )
