@@ -46,6 +46,7 @@ import json
 import logging
 import math
 import os
+import re
 import reprlib
 import shlex
 import shutil
@@ -587,9 +588,8 @@ def move_into_place(output_dir):
 def discard(path):
     """Removes a file or a folder, if there is one. A folder is renamed first: what is left of it never looks whole."""
     if path.is_dir():
-        shutil.rmtree(path.rename(f"{path}.discarded.unfinished"))
-    else:
-        path.unlink(missing_ok=True)
+        return shutil.rmtree(path.rename(f"{path}.discarded.unfinished"))
+    path.unlink(missing_ok=True)
 
 
 # Copied from train_srpo_wan_t2i.written
@@ -611,7 +611,7 @@ def written(path, size=1e6):
             with file.open("rb") as stream:
                 os.fsync(stream)
     except BaseException as error:
-        is_full = "No space left" in str(error) or shutil.disk_usage(path.parent).free < 2**20
+        is_full = re.search("No space left|quota|too large", str(error)) or shutil.disk_usage(path.parent).free < 2**20
         discard(new)
         if is_full:
             raise SystemExit(full) from error

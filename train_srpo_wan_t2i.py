@@ -103,7 +103,6 @@ FREE_FLAGS = """revision variant cache_dir dataloader_num_workers max_train_step
     resume_from_checkpoint logging_dir report_to push_to_hub hub_model_id hub_private_repo hub_strategy""".split()
 PINNED = """engine mixed_precision num_processes base_model transformer_subfolder optimizer updates_per_rollout
     lora_rank lora_alpha lora_target_modules""".split()
-# What DeepSpeed's checkpoints hold beside tensors and plain values.
 DEEPSPEED_CLASSES = """deepspeed.runtime.fp16.loss_scaler:LossScaler deepspeed.runtime.zero.config:ZeroStageEnum
     deepspeed.utils.tensor_fragment:fragment_address""".split()
 MODEL_CARD = Template(Path(__file__).with_name("model_card_template.md").read_text())
@@ -867,9 +866,8 @@ Run = namedtuple("Run", "output_dir flags expert dtype identity checkpoint_size 
 def discard(path):
     """Removes a file or a folder, if there is one. A folder is renamed first: what is left of it never looks whole."""
     if path.is_dir():
-        shutil.rmtree(path.rename(f"{path}.discarded.unfinished"))
-    else:
-        path.unlink(missing_ok=True)
+        return shutil.rmtree(path.rename(f"{path}.discarded.unfinished"))
+    path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -890,7 +888,7 @@ def written(path, size=1e6):
             with file.open("rb") as stream:
                 os.fsync(stream)
     except BaseException as error:
-        is_full = "No space left" in str(error) or shutil.disk_usage(path.parent).free < 2**20
+        is_full = re.search("No space left|quota|too large", str(error)) or shutil.disk_usage(path.parent).free < 2**20
         discard(new)
         if is_full:
             raise SystemExit(full) from error
@@ -1075,6 +1073,8 @@ def save_weights(weights, output_dir, expert, config, lora):
             return path
         with torch.device("meta"):
             diffusers.WanTransformer3DModel.from_config(config).save_config(new)
+        for file in {*path.glob("*")} - {*path.glob("config.json"), *path.glob(f"{DIFFUSERS_STEM}*")}:  # not a run's
+            (shutil.copytree if file.is_dir() else shutil.copy2)(file, new / file.name)
         pattern = f"{DIFFUSERS_STEM}{{suffix}}.safetensors"
         huggingface_hub.save_torch_state_dict(weights, new, filename_pattern=pattern, max_shard_size="10GB")
     return path
@@ -1184,7 +1184,8 @@ def parse_args(input_args=None):
     parser = argparse.ArgumentParser(usage=usage, formatter_class=HelpFormatter, allow_abbrev=False)
     count, positive, guidance = number(int, at_least=1), number(above=0), number(at_least=1)
     from_0, share, index = number(at_least=0), number(at_least=0, below=1), number(int, at_least=0)
-    grid, ratio, extra = number(int, at_least=2 * POSITION_MARGIN), number(above=0, below=1), number(above=-1)
+    grid = number(int, at_least=2 * POSITION_MARGIN, below=10**7)
+    ratio, extra = number(above=0, below=1), number(above=-1)
     add = parser.add_argument_group("model and data").add_argument
     add("--pretrained_model_name_or_path", required=True, help="Path to pretrained model or model identifier.")
     add("--revision", help="Revision of pretrained model identifier from huggingface.co/models.")
@@ -1284,7 +1285,9 @@ def parse_args(input_args=None):
     trackers = ["all", "none", *map(str, get_available_trackers())]
     no_torchao, multiple = importlib.util.find_spec("torchao") is None, "must be a multiple of `--updates_per_rollout`"
     texts = {name: value if isinstance(value, list | tuple) else [value] for name, value in vars(args).items()}
-    blank = [name for name, values in texts.items() if any(isinstance(v, str) and not v.strip() for v in values)]
+    blank = [
+        n for n, each in texts.items() if not all(any(map(str.isprintable, "".join(str(v).split()))) for v in each)
+    ]
     for wrong, name, why in (
         (blank, (blank or [None])[0], "must not be blank"),
         (not first < last <= args.num_inference_steps, "train_timestep", "must grow, up to `--num_inference_steps`"),
@@ -1366,9 +1369,7 @@ def read_model_info(args):
     except Exception as error:  # libraries would ask for half a minute; without an answer they shall use the cache
         huggingface_hub.constants.HF_HUB_OFFLINE |= getattr(error, "response", None) is None
     is_away = huggingface_hub.constants.HF_HUB_OFFLINE and not os.path.exists(path)
-    problem = (
-        "is not here, and the Hub does not answer" if is_away else "is not a Wan pipeline in the layout of diffusers"
-    )
+    problem = "is not here, and the Hub does not answer" if is_away else "is not a Wan pipeline of diffusers"
     with input_error(f"{flag} {problem}"), torch.device("meta"):
         index = dict(diffusers.WanPipeline.load_config(**source))
         scheduler = diffusers.UniPCMultistepScheduler.load_config(**source, subfolder="scheduler")
@@ -1378,7 +1379,7 @@ def read_model_info(args):
     if expert != EXPERTS[two_experts]:
         found = "two experts" if two_experts else "no `transformer_2`, only one expert"
         raise ValueError(f"{flag} has {found}: train it with `--transformer_subfolder {EXPERTS[two_experts]}`.")
-    if two_experts and boundary_ratio is None:
+    if two_experts and not isinstance(boundary_ratio, float | int):
         raise ValueError(f"{flag} has no `boundary_ratio` in its model_index.json.")
     with input_error(f"{flag} lacks the model in `{expert}`"), torch.device("meta"):
         config = diffusers.WanTransformer3DModel.load_config(**source, subfolder=expert)
@@ -1803,9 +1804,8 @@ def main(args):
             elif args.renew_noise:
                 new = (draw_noise(recipe, shape, group, rollout.samples, reuse) for rollout in rollouts)
                 rollouts = [each._replace(noise=next(new).to(device, non_blocking=True)) for each in rollouts]
-            # 6. Inject noise, step, recover, decode, score, back-propagate, update.
+            # 6. Inject noise, step, recover, decode, score, back-propagate, update; and log.
             metrics = update(accelerator, models, optimizer, rollouts, recipe, step)
-            # 7. Log.
             logs, received = gather_means(accelerator, metrics, signals[-1])
             seconds, host = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else host
@@ -1821,7 +1821,7 @@ def main(args):
             else:
                 skip_update(accelerator, recipe, rollouts, run, state)
             progress_bar.update(1)
-            # 8. Images and checkpoints. A rollout is not saved, so it is used up before the run stops.
+            # 7. Images and checkpoints. A rollout is not saved, so it is used up before the run stops.
             stopped_by = received if reuse == reuses - 1 else 0
             if not stopped_by:
                 validate(accelerator, models, recipe, validation, state)
