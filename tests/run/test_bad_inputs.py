@@ -100,7 +100,7 @@ FLAGS = [
     ("--seed -1", "argument --seed: must be at least 0 and below 4294967296, but is -1"),
     ("--seed 4294967296", "argument --seed: must be at least 0 and below 4294967296, but is 4294967296"),
     (f"--seed {10**400}", "argument --seed: "),
-    ("--timestep_length 9", "argument --timestep_length: must be at least 10, but is 9"),
+    ("--timestep_length 9", "argument --timestep_length: must be at least 10 and below 10000000, but is 9"),
     ("--groundtruth_ratio 0", "argument --groundtruth_ratio: must be above 0 and below 1, but is 0"),
     ("--groundtruth_ratio 1", "argument --groundtruth_ratio: must be above 0 and below 1, but is 1"),
     ("--discount_pos 0.1 nan", "argument --discount_pos: must be above -1, but is nan"),
