@@ -1,6 +1,5 @@
 """With DeepSpeed, too, updates that are not finite change nothing, and checkpoints run no code."""
 
-import hashlib
 import json
 import multiprocessing
 import re
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ENGINES, TWO_PROCESSES, TWO_RANKS, ZERO_2, poison, read_log, run_launched, same_bits
+from inputs import renew_checksums
 
 
 STEPS = "--max_train_steps 4 --checkpointing_steps 1 --max_skipped_updates 9".split()
@@ -118,13 +118,6 @@ class Evil:
         return Path.touch, (self.file,)
 
 
-def seal(checkpoint):
-    """Makes the checksums fit again, as whoever means harm would."""
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != "SHA256SUMS")
-    lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(checkpoint)}\n" for path in files]
-    (checkpoint / "SHA256SUMS").write_text("".join(sorted(lines)))
-
-
 @pytest.mark.parametrize("what", ["optim_states", pytest.param("model_states", marks=pytest.mark.slow)])
 def test_a_checkpoint_of_deepspeed_with_code_in_it_is_refused_and_the_code_does_not_run(
     run, skipping_run, poisoned, tmp_path, what
@@ -134,7 +127,7 @@ def test_a_checkpoint_of_deepspeed_with_code_in_it_is_refused_and_the_code_does_
     checkpoint = output_dir / "checkpoint-4"
     (file,) = checkpoint.rglob(f"*{what}.pt")
     torch.save({**torch.load(file, weights_only=False), "evil": Evil(tmp_path / "evil")}, file)
-    seal(checkpoint)
+    renew_checksums(checkpoint)
     more = ["--max_train_steps", 5, "--resume_from_checkpoint", "latest"]
     message = run(engine, output_dir, *STEPS, *more, dataset=poisoned)
     assert not (tmp_path / "evil").exists()

@@ -9,7 +9,6 @@ they are named; `{tiny}` and so on are the originals. ` ... ` in a message stand
 import json
 import re
 import shutil
-from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +17,7 @@ import pytest
 import torch
 from datasets import Array2D, DatasetDict, Features, load_from_disk
 from helpers import CPU, edit_json, launched, make_transformer, run_launcher
-from inputs import edit_weights, save_in_shards, truncate
+from inputs import edit_weights, renew_checksums, save_in_shards, truncate
 from transformers import BertConfig, CLIPTokenizer
 
 from diffusers import AutoencoderKLWan
@@ -755,10 +754,7 @@ def seal(spoil):
 
     def spoil_and_seal(inputs):
         spoil(inputs)
-        folder = inputs["checkpoint"]
-        files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "SHA256SUMS")
-        lines = [f"{sha256(path.read_bytes()).hexdigest()}  {path.relative_to(folder)}\n" for path in files]
-        (folder / "SHA256SUMS").write_text("".join(sorted(lines)))
+        renew_checksums(inputs["checkpoint"])
 
     return spoil_and_seal
 

@@ -1,6 +1,5 @@
 """What a checkpoint holds: files that anyone can check, and that run no code when they are loaded."""
 
-import hashlib
 import json
 import shutil
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import LORA, checkpoints, edit_json, load_weights, same_bits
+from inputs import renew_checksums
 from safetensors.torch import load_file
 
 from train_srpo_wan_t2i import list_checkpoints
@@ -19,13 +19,6 @@ from train_srpo_wan_t2i import list_checkpoints
 def run_copy(plain_run, tmp_path):
     """A copy of a finished run to spoil; its last checkpoint is checkpoint-2."""
     return Path(shutil.copytree(plain_run, tmp_path / "output"))
-
-
-def seal(checkpoint):
-    """Makes the checksums fit again, as whoever means harm would."""
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != "SHA256SUMS")
-    lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(checkpoint)}\n" for path in files]
-    (checkpoint / "SHA256SUMS").write_text("".join(sorted(lines)))
 
 
 # ---- What it holds. -------------------------------------------------------------------------------------------------
@@ -123,7 +116,7 @@ MORE = ["--max_train_steps", 3, "--resume_from_checkpoint", "latest"]
 def test_a_pickle_beside_the_files_of_a_checkpoint_is_not_run(train, run_copy, tmp_path, name):
     checkpoint = run_copy / "checkpoint-2"
     torch.save(Evil(tmp_path / "evil"), checkpoint / name)
-    seal(checkpoint)
+    renew_checksums(checkpoint)
     try:
         train(*MORE, output_dir=run_copy)
     except SystemExit as stop:
@@ -136,7 +129,7 @@ def test_an_optimizer_with_code_in_it_is_refused_and_the_code_does_not_run(train
     content = torch.load(checkpoint / "optimizer.bin")
     torch.save({**content, "evil": Evil(tmp_path / "evil")}, checkpoint / "optimizer.bin")
     assert zipfile.is_zipfile(checkpoint / "optimizer.bin")
-    seal(checkpoint)
+    renew_checksums(checkpoint)
     with pytest.raises(SystemExit) as caught:
         train(*MORE, output_dir=run_copy)
     assert caught.value.code.startswith(f"error: {checkpoint} cannot be loaded: ") and "\n" not in caught.value.code
@@ -147,7 +140,7 @@ def test_weights_that_are_a_pickle_are_not_loaded(train, run_copy, tmp_path):
     checkpoint = run_copy / "checkpoint-2"
     (checkpoint / "model.safetensors").unlink()
     torch.save(Evil(tmp_path / "evil"), checkpoint / "pytorch_model.bin")
-    seal(checkpoint)
+    renew_checksums(checkpoint)
     with pytest.raises(SystemExit) as caught:
         train(*MORE, output_dir=run_copy)
     assert caught.value.code.startswith(f"error: {checkpoint} cannot be loaded: ") and "\n" not in caught.value.code
