@@ -187,6 +187,11 @@ SETTINGS = """seed noise num_inference_steps shift train_timestep timestep_lengt
 Recipe = namedtuple("Recipe", SETTINGS)
 
 
+def make_recipe(flags):
+    """The [`Recipe`] of a dict of all flags."""
+    return Recipe(**{name: flags[name] for name in Recipe._fields})
+
+
 class Branch(NamedTuple):
     """One way through the graded step, for B samples."""
 
@@ -1281,27 +1286,25 @@ def parse_args(input_args=None):
         parser.error(f"unknown arguments: {names}. See --help; tokens come from `hf auth login` or HF_TOKEN.")
     # Flags that contradict each other, or that mean nothing beside the others.
     (first, last), reuses, steps = args.train_timestep, args.updates_per_rollout, args.max_train_steps
-    positive, negative = ({w.strip().lower() for w in words} for words in (args.positive_words, args.negative_words))
-    trackers = ["all", "none", *map(str, get_available_trackers())]
+    towards, away = ({w.strip().lower() for w in words} for words in (args.positive_words, args.negative_words))
+    installed = ["all", "none", *map(str, get_available_trackers())]
     no_torchao, multiple = importlib.util.find_spec("torchao") is None, "must be a multiple of `--updates_per_rollout`"
-    texts = {name: value if isinstance(value, list | tuple) else [value] for name, value in vars(args).items()}
-    blank = [
-        n for n, each in texts.items() if not all(any(map(str.isprintable, "".join(str(v).split()))) for v in each)
-    ]
+    texts = {n: [*map(str, v)] if isinstance(v, list | tuple) else [str(v)] for n, v in vars(args).items()}
+    blank = [n for n, each in texts.items() if not all(any(map(str.isprintable, "".join(v.split()))) for v in each)]
     for wrong, name, why in (
         (blank, (blank or [None])[0], "must not be blank"),
         (not first < last <= args.num_inference_steps, "train_timestep", "must grow, up to `--num_inference_steps`"),
         (args.checkpointing_steps % reuses, "checkpointing_steps", multiple),
         (steps % reuses, "max_train_steps", multiple),
-        (positive & negative, "positive_words", "has a word of `--negative_words`, which has no meaning"),
+        (towards & away, "positive_words", "has a word of `--negative_words`, which has no meaning"),
         (args.lr_warmup_steps > steps, "lr_warmup_steps", f"must be at most `--max_train_steps {steps}`"),
         (args.logging_dir == ".." or Path(args.logging_dir).name != args.logging_dir, "logging_dir", "is not a name"),
-        (args.report_to not in trackers, "report_to", f"needs `pip install {args.report_to}`"),
+        (args.report_to not in installed, "report_to", f"needs `pip install {args.report_to}`"),
         (args.optimizer == "adamw_8bit" and no_torchao, "optimizer", "needs `pip install torchao`"),
         (args.push_to_hub and not huggingface_hub.get_token(), "push_to_hub", "needs `hf auth login` or HF_TOKEN"),
     ):
         if wrong:
-            parser.error(f"`--{name} {' '.join(map(str, texts[name]))}` {why}.")
+            parser.error(f"`--{name} {' '.join(texts[name])}` {why}.")
     for pointless, names, why in (
         (args.lora_rank is None, "lora_alpha lora_dropout lora_target_modules base_weights", "needs `--lora_rank`"),
         (reuses == 1, "renew_noise", "needs `--updates_per_rollout` above 1"),
@@ -1392,7 +1395,7 @@ def read_model_info(args):
 
 
 def check_flags_for_model(args, model):
-    """Refuses window, sizes and layers of a LoRA that the base model cannot have, and names what it can."""
+    """Refuses window, sizes and LoRA layers that the base model cannot have. Returns how many weights are trained."""
     steps, (first, last), boundary = args.num_inference_steps, args.train_timestep, model.boundary_ratio
     schedule = shift_sigmas(torch.linspace(1, 0, steps + 1), args.shift)
     if boundary is not None and schedule[first] > boundary + 1e-6:
@@ -1411,7 +1414,8 @@ def check_flags_for_model(args, model):
         if not any(f".{layer}".endswith(f".{name}") for layer, _ in model.transformer.named_modules()):
             raise ValueError(f"`--lora_target_modules`: the transformer has no layer `{name}`.")
     with input_error("`--lora_target_modules` must name linear layers"), torch.device("meta"):
-        set_up_transformer(copy.deepcopy(model.transformer), args)
+        weights = set_up_transformer(copy.deepcopy(model.transformer), args).parameters()
+    return sum(weight.numel() for weight in weights if weight.requires_grad)
 
 
 def check_model_files(model):
@@ -1582,29 +1586,26 @@ def make_accelerator(args):
     return accelerator
 
 
-def make_run(accelerator, args, model, dtype, dataset, hashes):
-    """The [`Run`] of the flags. Flags, captions, and models by their `hashes` decide its result."""
+def make_run(accelerator, args, dtype, trained, dataset, hashes):
+    """The [`Run`] of `trained` weights. Flags, captions, and models by their `hashes` decide its result."""
     engine, bytes_per_weight = "without DeepSpeed", 4.1 if args.optimizer == "adamw_8bit" else 12
     if accelerator.deepspeed_plugin:
         config, masters = accelerator.deepspeed_plugin.deepspeed_config, "bf16_master_weights_and_grads"
         zero, masters = config["zero_optimization"], [masters] if config.get("bf16", {}).get(masters) else []
         offloads = [name for name in ("offload_param", "offload_optimizer") if name in zero]
         engine, bytes_per_weight = ", ".join([f"ZeRO-{zero['stage']}", *offloads, *masters]), 8 if masters else 14
-    with torch.device("meta"):
-        weights = set_up_transformer(copy.deepcopy(model.transformer), args).parameters()
-    size = bytes_per_weight * sum(weight.numel() for weight in weights if weight.requires_grad)
     captions = json.dumps([list(rows["caption"]) for rows in dataset.values()]).encode()
     identity = {"engine": engine, "mixed_precision": accelerator.mixed_precision, **hashes}
     identity |= {"num_processes": accelerator.num_processes, "dataset": hashlib.sha256(captions).hexdigest()[:16]}
     identity |= {name: value for name, value in vars(args).items() if name not in (*FREE_FLAGS, *PATH_FLAGS)}
     if not args.lr_scheduler.startswith("constant"):
         identity["max_train_steps"] = args.max_train_steps
-    repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
+    repo_id, size = args.hub_model_id or Path(args.output_dir).resolve().name, bytes_per_weight * trained
     if args.push_to_hub and accelerator.is_main_process:
         options = {"repo_id": repo_id, "private": args.hub_private_repo, "exist_ok": True}
         with input_error(f"`--push_to_hub` cannot create `{repo_id}`; see `--hub_model_id`, and `hf auth whoami`"):
             repo_id = with_retries(lambda: huggingface_hub.create_repo(**options)).repo_id
-    return Run(Path(args.output_dir), vars(args), model.expert, dtype, identity, size, repo_id)
+    return Run(Path(args.output_dir), vars(args), args.transformer_subfolder, dtype, identity, size, repo_id)
 
 
 def catch_signals(handler, _worker=None):
@@ -1677,13 +1678,13 @@ def make_optimizer(args, parameters):
 
 def make_validation(args, dataset, collate, model):
     """The [`Validation`] of the flags, or `None` if nothing is to be painted. It needs no text encoder."""
-    train = dataset["train"]["caption"]
+    train = list(dataset["train"]["caption"])
     rows = {row["caption"]: row for row in dataset.get("validation", ())}
     captions = list(rows) or list(dict.fromkeys(train))[:4]
     captions = captions if args.validation_prompts is None else args.validation_prompts
     if not captions:
         return None
-    rows = [rows.get(caption) or dataset["train"][list(train).index(caption)] for caption in captions]
+    rows = [rows.get(caption) or dataset["train"][train.index(caption)] for caption in captions]
     scheduler = diffusers.UniPCMultistepScheduler.from_pretrained(**model.source, subfolder="scheduler")
     solver = Solver(scheduler, args.num_inference_steps, args.validation_guidance_scale)
     shape, folder = model.latent_shape(args.validation_size, args.validation_size), Path(args.output_dir, "images")
@@ -1737,13 +1738,13 @@ def main(args):
             inputs = {name: vars(args)[name] for name in PATH_FLAGS}
             check_output_dir(Path(args.output_dir), args.resume_from_checkpoint, args.overwrite_output_dir, inputs)
             model = read_model_info(args)
-            check_flags_for_model(args, model)
+            trained = check_flags_for_model(args, model)
             dataset = check_dataset(args, model)
             hashes = {"reward": check_reward(args), "base_model": check_model_files(model)}
             accelerator = make_accelerator(args)
             device, uses_deepspeed = accelerator.device, accelerator.deepspeed_plugin is not None
             dtypes = choose_dtypes(accelerator.mixed_precision, args.optimizer, args.lora_rank, uses_deepspeed)
-            run = make_run(accelerator, args, model, dtypes[0], dataset, hashes)
+            run = make_run(accelerator, args, dtypes[0], trained, dataset, hashes)
             checkpoint, state = find_checkpoint(accelerator, run)
             if accelerator.is_main_process:
                 size = 0 if args.overwrite_output_dir else run.checkpoint_size  # overwriting makes room
@@ -1753,8 +1754,7 @@ def main(args):
             collate = partial(collate_fn, max_sequence_length=args.max_sequence_length, dtype=dtypes[1])
             negative = collate([dataset["negative"][0]])["prompt_embeds"].to(device)
             models = load_models(accelerator, args, model, dtypes, negative)
-        recipe = Recipe(**{name: vars(args)[name] for name in Recipe._fields})
-        validation = make_validation(args, dataset, collate, model)
+        recipe, validation = make_recipe(vars(args)), make_validation(args, dataset, collate, model)
         partition_weights(accelerator, models.transformer, dtypes[0])
         optimizer = make_optimizer(args, models.transformer.parameters())
         transformer, optimizer = accelerator.prepare(models.transformer, optimizer)

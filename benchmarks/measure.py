@@ -71,7 +71,7 @@ class PlainLoop:
         self.args = args = trainer.parse_args([str(flag) for flag in flags])
         trainer.check_reward(args)
         self.model = trainer.read_model_info(args)
-        self.recipe = trainer.Recipe(**{name: vars(args)[name] for name in trainer.Recipe._fields})
+        self.recipe = trainer.make_recipe(vars(args))
         dataset = trainer.load_prompt_dataset(args.dataset_name)
         dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
         source = self.model.source

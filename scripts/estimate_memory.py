@@ -215,7 +215,7 @@ def run_phases(args, model, models, plan):
     """Takes one step of a rollout, one graded pass, back and forth, and paints validation images in one step, all on
     fake tensors. Returns {phase: most bytes beyond weights}, where gradients of weights are dropped as soon as they
     are made, and the bytes that each further block of the transformer keeps from "forward" to "backward"."""
-    recipe = trainer.Recipe(**{name: vars(args)[name] for name in trainer.Recipe._fields})
+    recipe = trainer.make_recipe(vars(args))
     batch = args.train_batch_size
     transformer, tracker, entered = models.transformer, StorageTracker(), []
     for module in filter(None, (transformer, models.base, models.vae, models.reward)):
@@ -308,10 +308,7 @@ def measure(args, launch):
     trainer.check_flags_for_model(args, model)
     layers, empty = model.transformer.config.num_layers, empty_reward(args)
     # Plan and scheduler compute with the values of tensors, which fake ones lack.
-    recipe, scheduler = (
-        trainer.Recipe(**{name: vars(args)[name] for name in trainer.Recipe._fields}),
-        trainer.make_scheduler("euler", shift=1.0),
-    )
+    recipe, scheduler = trainer.make_recipe(vars(args)), trainer.make_scheduler("euler", shift=1.0)
     solver = trainer.Solver(scheduler, num_steps=1, guidance_scale=args.rollout_guidance_scale)
     plan = trainer.plan_update(recipe, step=0, samples=range(args.train_batch_size))
     with fake_tensors():

@@ -66,14 +66,12 @@ def test_a_skipped_update_is_counted_and_has_no_row_in_the_history(skipping_run)
 
 
 def test_captions_and_noise_levels_of_a_skipped_update_are_told(skipping_run, make_args):
-    from train_srpo_wan_t2i import Recipe
+    from train_srpo_wan_t2i import make_recipe
 
     (row,) = read_skipped(skipping_run)
     assert row["captions"] == ["a red cat"]
     sample = row["step"] - 1
-    plan = plan_update(
-        Recipe(**{name: vars(make_args())[name] for name in Recipe._fields}), sample, range(sample, sample + 1)
-    )
+    plan = plan_update(make_recipe(vars(make_args())), sample, range(sample, sample + 1))
     for branch in plan.branches:
         assert row[branch.name] == [branch.sigma_from.tolist(), branch.sigma_to.tolist()]
     log = read_log(skipping_run)

@@ -3,13 +3,13 @@
 import pytest
 
 import train_srpo_wan_t2i
-from train_srpo_wan_t2i import Recipe, plan_update
+from train_srpo_wan_t2i import plan_update
 
 
 @pytest.fixture(scope="session")
 def make_recipe(make_args):
     """Function: flags -> the `Recipe` of a run with these flags."""
-    return lambda *flags: Recipe(**{name: vars(make_args(*flags))[name] for name in Recipe._fields})
+    return lambda *flags: train_srpo_wan_t2i.make_recipe(vars(make_args(*flags)))
 
 
 @pytest.fixture

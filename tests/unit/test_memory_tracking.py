@@ -11,11 +11,11 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from train_srpo_wan_t2i import (
     ModelInfo,
     Models,
-    Recipe,
     RewardModel,
     Rollout,
     Solver,
     graded_pass,
+    make_recipe,
     make_scheduler,
     plan_update,
     read_model_info,
@@ -40,7 +40,7 @@ class PatchReward(RewardModel):
 
 
 def plan_of(args):
-    recipe = Recipe(**{name: vars(args)[name] for name in Recipe._fields})
+    recipe = make_recipe(vars(args))
     return plan_update(recipe, 0, range(args.train_batch_size)), recipe
 
 
